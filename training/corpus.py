@@ -1,0 +1,357 @@
+"""The prepared corpus: a folder of memory-mapped token shards, its manifest, and the reader that refuses what does not fit.
+
+    manifest.json                 what is in the folder, made from what, with the sha256 of every file
+    train_00000.bin, ...          token ids, little-endian uint16 (uint32 for a vocabulary above 65,536); every document ends in
+    validation_00000.bin, ...     one end-of-text token and lies whole in one shard
+    train_00000.documents.npy     int64: where each document of that shard starts
+    token_bytes.npy               int64: how many UTF-8 bytes each token id stands for (0 for end of text)
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from training.tokenizers import Tokenizer, load_tokenizer
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+SHARD_TOKENS = 100_000_000
+_BATCH_CHARACTERS = 16 << 20  # text tokenized at once: enough to keep every core busy, little enough to hold in memory
+
+
+class CorpusError(ValueError):
+    """A corpus that is missing, damaged or does not fit the run; the message names the file and the remedy."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Type of the ids in a shard, little-endian on every machine."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _documents_file(shard_name: str) -> str:
+    return shard_name.removesuffix(".bin") + ".documents.npy"
+
+
+def _corpus_sha256(manifest: dict) -> str:
+    """Names the content: the tokenizer and every token and document boundary, whatever the folder, the date or the sources."""
+    shards = {split: [(s["sha256"], s["documents_sha256"]) for s in manifest["splits"][split]["shards"]] for split in SPLITS}
+    content = {"format_version": manifest["format_version"], "tokenizer": manifest["tokenizer"]["sha256"], "shards": shards}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write_corpus(
+    folder: Path | str,
+    *,
+    tokenizer: Tokenizer,
+    splits: Mapping[str, Iterable[str]],
+    provenance: dict,
+    prepare_command: str = "python scripts/prepare_data.py",
+    shard_tokens: int = SHARD_TOKENS,
+    overwrite: bool = False,
+) -> "Corpus":
+    """Tokenizes the documents of each split into `folder`, which appears whole or not at all, and opens it.
+
+    `splits` maps "train" and "validation" to their documents, in order; `provenance` (JSON) says where they came from;
+    `prepare_command` is what an error message later tells the user to run again, with `--out` and `--overwrite` added.
+    Raises CorpusError if a split has no documents, or if `folder` exists and `overwrite` is not set or it holds other files.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise CorpusError(f"{folder}: exists already; remove it, choose another folder, or pass --overwrite")
+    _refuse_foreign_files(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        os.chmod(partial, 0o755)  # mkdtemp's folder is private, a corpus is shared
+        _write_files(partial, tokenizer, splits, provenance, prepare_command, shard_tokens)
+        _replace(folder, partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Corpus.open(folder)
+
+
+def _write_files(folder: Path, tokenizer: Tokenizer, splits, provenance: dict, prepare_command: str, shard_tokens: int) -> None:
+    token_bytes = tokenizer.token_bytes()
+    np.save(folder / "token_bytes.npy", token_bytes)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "corpus_sha256": None,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_text": tokenizer.end_of_text,
+            "sha256": tokenizer.sha256,
+            "token_bytes_sha256": _sha256(folder / "token_bytes.npy"),
+        },
+        "splits": {split: _write_split(folder, split, splits[split], tokenizer, token_bytes, shard_tokens) for split in SPLITS},
+        "prepare_command": prepare_command,
+        "provenance": provenance,
+    }
+    manifest["corpus_sha256"] = _corpus_sha256(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for path in [*folder.iterdir(), folder]:
+        _fsync(path)
+
+
+def _write_split(folder: Path, split: str, texts: Iterable[str], tokenizer: Tokenizer, token_bytes: np.ndarray, shard_tokens: int) -> dict:
+    shards, pending, text_bytes = [], [], 0
+
+    def write_shard() -> None:
+        name = f"{split}_{len(shards):05d}.bin"
+        tokens = np.concatenate(pending)
+        starts = np.cumsum([0] + [document.size for document in pending[:-1]], dtype=np.int64)
+        tokens.tofile(folder / name)
+        np.save(folder / _documents_file(name), starts)
+        shards.append({
+            "name": name,
+            "tokens": tokens.size,
+            "documents": starts.size,
+            "sha256": _sha256(folder / name),
+            "documents_sha256": _sha256(folder / _documents_file(name)),
+        })
+        pending.clear()
+
+    pending_tokens = 0
+    for document in _tokenized(texts, tokenizer):
+        if pending and pending_tokens + document.size > shard_tokens:
+            write_shard()
+            pending_tokens = 0
+        pending.append(document)
+        pending_tokens += document.size
+        text_bytes += int(token_bytes[document].sum())
+    if pending:
+        write_shard()
+    if not shards:
+        raise CorpusError(f"the {split} split has no documents; give more text or another --validation-fraction")
+    return {
+        "documents": sum(shard["documents"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "text_bytes": text_bytes,
+        "shards": shards,
+    }
+
+
+def _tokenized(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Ids of each text with `end_of_text` behind them, in the type of the shards."""
+    end, dtype = [tokenizer.end_of_text], token_dtype(tokenizer.vocab_size)
+    for batch in _batches(texts):
+        for ids in tokenizer.encode_batch(batch):
+            yield np.concatenate([ids, end]).astype(dtype)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refuse_foreign_files(folder: Path) -> None:
+    """Overwriting removes the folder: it must hold nothing but a corpus, or what is left of one."""
+    own = re.compile(rf"manifest\.json|token_bytes\.npy|({'|'.join(SPLITS)})_\d{{5}}\.(bin|documents\.npy)")
+    if folder.exists():
+        foreign = [folder.name] if not folder.is_dir() else sorted(path.name for path in folder.iterdir() if not own.fullmatch(path.name))
+        if foreign:
+            raise CorpusError(f"{folder}: not replaced, because {foreign[0]} is no file of a corpus; choose another folder")
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Puts `partial` in the place of `folder`. A crash in between leaves no folder, never a mixture."""
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f"{folder.name}.old-", dir=folder.parent))
+        folder.rename(old / folder.name)
+        partial.rename(folder)
+        shutil.rmtree(old)
+    else:
+        partial.rename(folder)
+    _fsync(folder.parent)
+
+
+# ---------------------------------------------------------------- reading
+
+
+class TokenSplit:
+    """One split: the concatenation of its shards, memory-mapped, never copied whole."""
+
+    def __init__(self, folder: Path, entry: dict, dtype: np.dtype):
+        self.tokens: int = entry["tokens"]
+        self.documents: int = entry["documents"]
+        self.text_bytes: int = entry["text_bytes"]
+        self._shards = [np.memmap(folder / shard["name"], dtype=dtype, mode="r") for shard in entry["shards"]]
+        self._starts = np.cumsum([0] + [shard.size for shard in self._shards])
+
+    def samples(self, sequence_length: int) -> int:
+        """Number of whole windows of `sequence_length` inputs with their targets."""
+        return (self.tokens - 1) // sequence_length
+
+    def windows_covering_all(self, sequence_length: int) -> int:
+        """Number of windows in which every token but the first is a target exactly once; the last may be shorter."""
+        return -(-(self.tokens - 1) // sequence_length)
+
+    def window(self, index: int, sequence_length: int) -> np.ndarray:
+        """Tokens `[index * sequence_length, (index + 1) * sequence_length]`, both ends included: int64 `[sequence_length + 1]`.
+
+        Inputs are all but the last, targets all but the first, so the last token of one window is the first of the next.
+        Index `samples(sequence_length)`, where `windows_covering_all` counts it, is what is left at the end: 2 tokens or more.
+        Raises IndexError beyond that.
+        """
+        if not 0 <= index < self.windows_covering_all(sequence_length):
+            raise IndexError(f"window {index} of {self.windows_covering_all(sequence_length)}")
+        first = index * sequence_length
+        last = min(first + sequence_length + 1, self.tokens)
+        pieces = []
+        shard = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while first < last:
+            stop = min(last, int(self._starts[shard + 1]))
+            pieces.append(self._shards[shard][first - self._starts[shard] : stop - self._starts[shard]])
+            first, shard = stop, shard + 1
+        return np.concatenate(pieces, dtype=np.int64)
+
+
+class Corpus:
+    """A prepared corpus. `open` is cheap, `verify` reads every byte; both raise CorpusError."""
+
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder = folder
+        self.manifest = manifest
+        self.sha256: str = manifest["corpus_sha256"]
+        self.tokenizer_name: str = manifest["tokenizer"]["name"]
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self.end_of_text: int = manifest["tokenizer"]["end_of_text"]
+        self._dtype = token_dtype(self.vocab_size)
+        self._splits: dict[str, TokenSplit] = {}
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Corpus":
+        """Reads the manifest and checks that every file it names is there with the size it says."""
+        folder = Path(folder)
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            missing = "manifest.json is missing" if folder.is_dir() else "no such folder"
+            raise CorpusError(f"{folder}: {missing}; prepare the corpus: {_guess_command(folder)}") from None
+        except ValueError as error:
+            raise CorpusError(f"{folder}/manifest.json: not JSON ({error}); prepare the corpus again: {_guess_command(folder)}") from None
+        return cls._checked(folder, manifest)
+
+    @classmethod
+    def _checked(cls, folder: Path, manifest: dict) -> "Corpus":
+        again = f"prepare the corpus again: {_guess_command(folder)}"
+        try:
+            if manifest["format_version"] != FORMAT_VERSION:
+                raise CorpusError(
+                    f"{folder}/manifest.json: format {manifest['format_version']}, this version reads {FORMAT_VERSION}; {again}"
+                )
+            if manifest["corpus_sha256"] != _corpus_sha256(manifest):
+                raise CorpusError(f"{folder}/manifest.json: altered since it was written (corpus_sha256 does not match); {again}")
+            corpus = cls(folder, manifest)
+            sizes = {shard["name"]: shard["tokens"] * corpus._dtype.itemsize for shard in corpus._shards()}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CorpusError(f"{folder}/manifest.json: not a corpus manifest ({error!r}); {again}") from None
+        for name in [*sizes, *map(_documents_file, sizes), "token_bytes.npy"]:
+            if not (folder / name).is_file():
+                raise corpus._damaged(name, "missing")
+        for name, size in sizes.items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise corpus._damaged(name, f"{found} bytes instead of {size}")
+        return corpus
+
+    def _shards(self) -> list[dict]:
+        return [shard for split in SPLITS for shard in self.manifest["splits"][split]["shards"]]
+
+    def _damaged(self, name: str, what: str) -> CorpusError:
+        command = f"{self.manifest['prepare_command']} --out {shlex.quote(str(self.folder))} --overwrite"
+        return CorpusError(f"{self.folder}/{name}: {what}; prepare the corpus again: {command}")
+
+    def verify(self) -> None:
+        """Reads everything: the sha256 of every file against the manifest, and every token id against the vocabulary."""
+        expected = {"token_bytes.npy": self.manifest["tokenizer"]["token_bytes_sha256"]}
+        for shard in self._shards():
+            expected[shard["name"]] = shard["sha256"]
+            expected[_documents_file(shard["name"])] = shard["documents_sha256"]
+        for name, digest in expected.items():
+            found = _sha256(self.folder / name)
+            if found != digest:
+                raise self._damaged(name, f"altered since it was prepared (sha256 {found[:12]}..., prepared {digest[:12]}...)")
+        for shard in self._shards():
+            largest = int(np.memmap(self.folder / shard["name"], dtype=self._dtype, mode="r").max())
+            if largest >= self.vocab_size:
+                raise self._damaged(shard["name"], f"token id {largest} is outside the vocabulary of {self.vocab_size}")
+
+    def check_fits(self, *, model_vocab_size: int, sequence_length: int, tokenizer_name: str | None = None) -> None:
+        """Refuses a corpus that this model or this machine would misread.
+
+        The model's vocabulary may be larger than the tokenizer's (padding), never smaller; each split must hold one whole
+        sequence; the tokenizer installed here must be the one that made the ids. `tokenizer_name` None accepts the corpus's own.
+        """
+        if tokenizer_name not in (None, self.tokenizer_name):
+            raise CorpusError(
+                f"{self.folder}: made with tokenizer {self.tokenizer_name!r}, the run asks for {tokenizer_name!r}; choose that one, "
+                f"or prepare another corpus with --tokenizer {tokenizer_name}"
+            )
+        if load_tokenizer(self.tokenizer_name).sha256 != self.manifest["tokenizer"]["sha256"]:
+            what = f"made with another tokenizer {self.tokenizer_name!r} than the one installed (sha256 differs)"
+            raise self._damaged("manifest.json", what)
+        if self.vocab_size > model_vocab_size:
+            raise CorpusError(
+                f"{self.folder}: token ids go up to {self.vocab_size - 1} (tokenizer {self.tokenizer_name!r}), the model's vocabulary "
+                f"holds {model_vocab_size}; raise the model's vocabulary size to at least {self.vocab_size}"
+            )
+        for name in SPLITS:
+            tokens = self.split(name).tokens
+            if tokens < sequence_length + 1:
+                raise CorpusError(
+                    f"{self.folder}: the {name} split has {tokens} tokens, one sequence of {sequence_length} needs {sequence_length + 1}; "
+                    "shorten the sequence length or prepare a larger corpus"
+                )
+
+    def split(self, name: str) -> TokenSplit:
+        """The split "train" or "validation"."""
+        if name not in self._splits:
+            self._splits[name] = TokenSplit(self.folder, self.manifest["splits"][name], self._dtype)
+        return self._splits[name]
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes each token id stands for, int64 `[vocab_size]`: what turns a loss per token into bits per byte."""
+        return np.load(self.folder / "token_bytes.npy")
+
+
+def _guess_command(folder: Path) -> str:
+    """The command that prepares `folder`, read off the name that prepare_data.py gives by default; placeholders where it says nothing."""
+    named = re.fullmatch(r"(shakespeare|python-source)-(bytes|gpt2)", folder.name)
+    source, tokenizer = named.groups() if named else ("shakespeare|python-source|PATH", "bytes|gpt2")
+    overwrite = " --overwrite" if folder.exists() else ""
+    return f"python scripts/prepare_data.py --source {source} --tokenizer {tokenizer} --out {shlex.quote(str(folder))}{overwrite}"
