@@ -1,0 +1,289 @@
+import io
+import json
+import logging
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training import tracking
+from training.tracking import ProgressLine, RunRecorder, collect_environment, read_metrics
+
+DEAD_SERVER = "http://127.0.0.1:9"
+
+
+@pytest.fixture(autouse=True)
+def wandb_without_account(tmp_path, monkeypatch):
+    """wandb sees no key, no settings of the user and no server."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
+    monkeypatch.setenv("WANDB_BASE_URL", DEAD_SERVER)
+
+
+def recorder(run_dir: Path, mode="disabled", info=None) -> RunRecorder:
+    return RunRecorder(run_dir, info=info or {}, wandb_mode=mode, wandb_project="test", run_name="a-run")
+
+
+def row(step: int, **more) -> dict:
+    return {"step": step, "tokens": 100 * step, "loss": 5.0 - step, "mfu": None, **more}
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    root = Path(tracking.__file__).resolve().parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root), **environment},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=25,
+    )
+
+
+def test_run_json_holds_the_info_and_the_name(tmp_path):
+    with recorder(tmp_path / "new" / "run", info={"config": {"lr": 1e-4}, "corpus_sha256": "abc", "peak": None}):
+        pass
+    written = json.loads((tmp_path / "new" / "run" / "run.json").read_text())
+    assert written == {"run_name": "a-run", "config": {"lr": 1e-4}, "corpus_sha256": "abc", "peak": None}
+    assert sorted(path.name for path in (tmp_path / "new" / "run").iterdir()) == ["metrics.jsonl", "run.json"]
+
+
+def test_disabled_does_not_import_wandb(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from training.tracking import RunRecorder\n"
+        f"with RunRecorder(Path({str(tmp_path)!r}), info={{}}, wandb_mode='disabled', wandb_project='p', run_name='n') as r:\n"
+        "    r.record({'step': 1})\n"
+        "print('wandb' in sys.modules, 'torch' in sys.modules)"
+    )
+    assert run_python(code).stdout == "False False\n"
+
+
+def test_every_row_is_on_disk_at_once(tmp_path):
+    with recorder(tmp_path) as run:
+        for step in (1, 2):
+            run.record(row(step))
+            assert [r["step"] for r in read_metrics(tmp_path)[0]] == list(range(1, step + 1))
+
+
+def test_non_finite_numbers_are_valid_json_and_survive_the_round_trip(tmp_path):
+    with recorder(tmp_path) as run:
+        run.record(row(1, loss=math.nan, grad_norm=math.inf, least=-math.inf))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    (read,), cut_off = read_metrics(tmp_path)
+    assert math.isnan(read["loss"]) and read["grad_norm"] == math.inf and read["least"] == -math.inf
+    assert read["mfu"] is None and not cut_off
+
+
+def test_a_directory_with_metrics_is_not_written_to(tmp_path):
+    with recorder(tmp_path, info={"first": 1}) as run:
+        run.record(row(1))
+    with pytest.raises(ValueError, match="already holds the metrics of a run"):
+        recorder(tmp_path, info={"second": 2})
+    assert json.loads((tmp_path / "run.json").read_text())["first"] == 1
+
+
+def test_offline_writes_the_same_rows_to_a_wandb_file(tmp_path):
+    with recorder(tmp_path, "offline", info={"config": {"lr": 0.25}}) as run:
+        run.record({"step": 0, "tokens": 0, "val_loss": 9.5})
+        run.record(row(1))
+        run.record(row(2, loss=math.nan))
+    assert [r["step"] for r in read_metrics(tmp_path)[0]] == [0, 1, 2]
+    (wandb_file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    stored = stored_by_wandb(wandb_file)
+    assert stored["history"] == [
+        {"step": 0, "tokens": 0, "val_loss": 9.5},
+        {"step": 1, "tokens": 100, "loss": 4.0},
+        {"step": 2, "tokens": 200, "loss": "NaN"},
+    ]
+    assert stored["config"]["config"] == {"lr": 0.25}
+    assert stored["step_metric"] == {"*": "tokens"}
+
+
+def stored_by_wandb(path: Path) -> dict:
+    """A .wandb file is a 7-byte header and records: checksum (4 bytes), length (2), kind (1), protobuf (while below 32 kB)."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {"history": [], "config": {}, "step_metric": {}}
+    content = path.read_bytes()[7:]
+    while content:
+        _checksum, length, _kind = struct.unpack("<IHB", content[:7])
+        record, content = Record.FromString(content[7 : 7 + length]), content[7 + length :]
+        for item in record.run.config.update:
+            found["config"][item.key] = json.loads(item.value_json)
+        if record.metric.glob_name:
+            found["step_metric"][record.metric.glob_name] = record.metric.step_metric
+        history = {item.nested_key[0]: json.loads(item.value_json, parse_constant=str) for item in record.history.item}
+        if history:
+            found["history"].append({key: value for key, value in history.items() if not key.startswith("_")})
+    return found
+
+
+def test_online_without_a_key_is_one_message_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"tracking\.wandb=online: no API key .*wandb login.*tracking\.wandb=offline"):
+        recorder(tmp_path, "online")
+    # The refused start left nothing that stands in the way of the next one.
+    recorder(tmp_path, "disabled").finish()
+
+
+def test_online_without_a_server_gives_up_in_seconds(tmp_path):
+    code = (
+        "import time; from pathlib import Path; from training.tracking import RunRecorder; start = time.monotonic()\n"
+        f"try: RunRecorder(Path({str(tmp_path)!r}), info={{}}, wandb_mode='online', wandb_project='p', run_name='n')\n"
+        "except ValueError as error: print(error)\n"
+        "assert time.monotonic() - start < 20"
+    )
+    result = run_python(code, WANDB_API_KEY="0" * 40)
+    assert result.returncode == 0, result.stderr
+    (message,) = result.stdout.splitlines()
+    assert message.startswith("tracking.wandb=online: wandb did not start:") and message.endswith("use tracking.wandb=offline")
+    assert "Traceback" not in result.stderr
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"tracking\.wandb=offline: the package wandb is not installed"):
+        recorder(tmp_path, "offline")
+
+
+def test_training_goes_on_when_wandb_dies(tmp_path):
+    code = (
+        "import logging, os, signal, sys, time; from pathlib import Path; from training.tracking import RunRecorder\n"
+        "logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(message)s', stream=sys.stdout)\n"
+        f"run = RunRecorder(Path({str(tmp_path)!r}), info={{}}, wandb_mode='offline', wandb_project='p', run_name='n')\n"
+        "run.record({'step': 1})\n"
+        "children = [p for p in Path('/proc').glob('[0-9]*') if f'PPid:\\t{os.getpid()}\\n' in (p / 'status').read_text()]\n"
+        "assert children\n"
+        f"for child in children: os.kill(int(child.name), signal.SIGKILL)\n"
+        "time.sleep(0.5)\n"
+        "for step in range(2, 6): run.record({'step': step})\n"
+        "run.finish()"
+    )
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    assert [r["step"] for r in read_metrics(tmp_path)[0]] == [1, 2, 3, 4, 5]
+    (warning,) = result.stdout.splitlines()
+    assert warning.startswith("WARNING wandb failed") and "metrics.jsonl" in warning and "wandb sync" in warning
+
+
+def test_a_failed_upload_at_the_end_is_a_warning(tmp_path, caplog):
+    run = recorder(tmp_path)
+
+    class Unreachable:
+        def finish(self, exit_code):
+            raise TimeoutError("not all data was uploaded")
+
+    run._wandb_run = Unreachable()
+    with caplog.at_level(logging.WARNING):
+        run.finish()
+        run.finish()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not all data was uploaded" in caplog.text
+
+
+def test_a_last_line_cut_off_is_left_out_and_said(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == ([{"step": 1, "loss": 2.0}], True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b'{"step": 1}\n{"ste\n{"step": 3}\n', "line 2 is damaged"),
+        (b'{"step": 1}\n{"ste\n', "line 2 is damaged"),
+        (b'{"step": 1}\n[1]\n', "line 2 is damaged"),
+        (b'{"step": 1}\n\x00\xff\n{"step": 3}\n', "line 2 is damaged"),
+        (b'{"st', "line 1 is damaged"),
+    ],
+)
+def test_damaged_metrics_are_refused_with_the_line(tmp_path, content, message):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_metrics(tmp_path)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    return subprocess.run(["git", "-C", folder, *identity, *arguments], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_environment_names_commit_and_dirty_files(tmp_path, monkeypatch):
+    repository = tmp_path.resolve() / "repository"
+    repository.mkdir()
+    monkeypatch.setattr(tracking, "_REPOSITORY", repository)
+    assert (collect_environment()["git_sha"], collect_environment()["git_dirty"]) == (None, None)
+    git(repository, "init", "-q")
+    (repository / "file").write_text("one")
+    git(repository, "add", "file")
+    git(repository, "commit", "-q", "-m", "first")
+    (repository / "untracked").write_text("a run's output")
+    assert (collect_environment()["git_sha"], collect_environment()["git_dirty"]) == (git(repository, "rev-parse", "HEAD"), False)
+    (repository / "file").write_text("two")
+    assert collect_environment()["git_dirty"] is True
+    # A copy inside someone else's clone has no commit of its own.
+    (repository / "copy").mkdir()
+    monkeypatch.setattr(tracking, "_REPOSITORY", repository / "copy")
+    assert collect_environment()["git_sha"] is None
+
+
+def test_environment_is_json_with_versions():
+    import torch
+
+    environment = json.loads(json.dumps(collect_environment()))
+    assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert environment["gpu_count"] == torch.cuda.device_count()
+    assert environment["date_utc"].endswith("+00:00")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def progress_row(step: int, **more) -> dict:
+    return {"step": step, "loss": 3.5, "tokens_per_second": 512_345.0, "mfu": 0.4321, "elapsed_seconds": 60.0 + 2 * step, **more}
+
+
+def test_progress_in_a_log_file_is_one_line_every_n_steps():
+    stream = io.StringIO()
+    progress = ProgressLine(12, every=5, stream=stream)
+    for step in range(1, 13):
+        progress.update(progress_row(step))
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" |")[0] for line in lines] == ["step  1/12", "step  5/12", "step 10/12", "step 12/12"]
+    assert lines[0] == "step  1/12 | loss 3.5000 | 512k tokens/s | MFU 43.2% | ETA -"
+    # Two seconds a step; the minute before the first one is start-up and does not count.
+    assert lines[1].endswith("ETA 0:00:14") and lines[3].endswith("ETA 0:00:00")
+
+
+def test_progress_on_a_terminal_is_rewritten_in_place():
+    stream = Terminal()
+    progress = ProgressLine(3, stream=stream)
+    progress.update({"step": 0, "val_loss": 5.5, "val_perplexity": 244.69, "val_bits_per_byte": 7.93})
+    progress.update(progress_row(1, mfu=None))
+    progress.update(progress_row(2, val_loss=1.5, val_perplexity=4.48, val_bits_per_byte=2.16))
+    progress.update(progress_row(3))
+    progress.close()
+    progress.close()
+    shown = [line.split("\r\x1b[K")[-1] for line in stream.getvalue().split("\n")]
+    assert shown[0] == "step 0/3 | validation loss 5.5000 nats/token | perplexity 244.69 | 7.9300 bits/byte"
+    assert shown[1].startswith("step 2/3 | loss")
+    assert shown[2] == "step 2/3 | validation loss 1.5000 nats/token | perplexity 4.48 | 2.1600 bits/byte"
+    assert shown[3].startswith("step 3/3 | loss") and shown[4:] == [""]
+    assert "MFU - " in stream.getvalue()
+
+
+@pytest.mark.parametrize(("speed", "text"), [(7.4, "7"), (987.0, "987"), (5_230.0, "5.23k"), (52_300.0, "52.3k"), (1_284_000.0, "1.28M")])
+def test_progress_speed_has_three_digits(speed, text):
+    stream = io.StringIO()
+    ProgressLine(1, stream=stream).update(progress_row(1, tokens_per_second=speed))
+    assert f"| {text} tokens/s |" in stream.getvalue()

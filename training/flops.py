@@ -1,0 +1,88 @@
+"""FLOPs a token costs and the peak FLOP/s of the GPU: the two numbers behind MFU and HFU.
+
+    MFU = model_flops_per_token    * tokens_per_second_per_gpu / peak_flops
+    HFU = hardware_flops_per_token * tokens_per_second_per_gpu / peak_flops
+
+MFU counts what the model's mathematics needs, HFU also what activation checkpointing computes twice (PaLM, arXiv:2204.02311,
+appendix B). A multiply-add is two FLOPs.
+"""
+
+import re
+from typing import Literal
+
+
+def model_flops_per_token(*, matmul_parameters: int, layers: int, attention_width: int, sequence_length: int) -> int:
+    """FLOPs of one forward and backward pass, per token: 6 N + 12 L (H Q) S (PaLM, appendix B).
+
+    matmul_parameters: N, the parameters that multiply every token. A learned position table is left out, and so is the input
+        embedding unless it is tied to the output projection.
+    attention_width: query heads * head_dim (H Q).
+    sequence_length: S, in tokens. The term counts the full S x S attention: what a causal mask skips is not subtracted, so that
+        figures compare with published ones.
+    """
+    return 6 * matmul_parameters + 12 * layers * attention_width * sequence_length
+
+
+def hardware_flops_per_token(
+    *,
+    matmul_parameters: int,
+    block_parameters: int,
+    layers: int,
+    attention_width: int,
+    sequence_length: int,
+    activation_checkpointing: Literal["none", "full"],
+) -> int:
+    """`model_flops_per_token` plus what activation checkpointing recomputes; the arguments it shares mean the same.
+
+    "full" runs the forward pass of every block once more: 2 FLOPs a parameter of the blocks and 4 L (H Q) S for attention. The output
+    projection is not recomputed. What a fused attention backward recomputes inside the kernel is not counted.
+
+    block_parameters: the part of matmul_parameters that lies in the transformer blocks.
+    """
+    flops = model_flops_per_token(
+        matmul_parameters=matmul_parameters, layers=layers, attention_width=attention_width, sequence_length=sequence_length
+    )
+    if activation_checkpointing == "full":
+        flops += 2 * block_parameters + 4 * layers * attention_width * sequence_length
+    return flops
+
+
+# Device name as the CUDA driver reports it, without "NVIDIA" and "GeForce" -> dense TFLOP/s in (bf16, fp32), and NVIDIA's document
+# that says so. bf16: tensor cores accumulating in fp32; a document that gives the sparse figure alone is halved. fp32: CUDA cores, no TF32.
+# The pattern must match the whole name: laptop, "D", "SUPER" and MIG variants are other, slower devices.
+_PEAK_TFLOPS = (
+    (r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", 312, 19.5, "A100 Tensor Core GPU datasheet"),
+    (r"A30", 165, 10.3, "A30 Tensor Core GPU datasheet"),
+    (r"A10", 125, 31.2, "A10 Tensor Core GPU datasheet"),
+    (r"A10G", 70, 35, "A10G datasheet"),
+    (r"A40", 149.7, 37.4, "A40 datasheet"),
+    (r"RTX A6000", 154.8, 38.7, "Ampere GA102 architecture whitepaper, RTX A6000"),
+    (r"RTX 3090", 71, 35.6, "Ampere GA102 architecture whitepaper, RTX 3090"),
+    (r"L4", 121, 30.3, "L4 Tensor Core GPU datasheet (bf16 242 sparse)"),
+    (r"L40", 181, 90.5, "L40 datasheet"),
+    (r"L40S", 362, 91.6, "L40S datasheet"),
+    (r"RTX 6000 Ada Generation", 364.2, 91.1, "RTX 6000 Ada Generation datasheet (fp8 1457 sparse, bf16 a quarter)"),
+    (r"RTX 4090", 165.2, 82.6, "Ada GPU architecture whitepaper, RTX 4090"),
+    (r"RTX 5090", 209.5, 104.8, "RTX Blackwell GPU architecture whitepaper, RTX 5090"),
+    (r"H100 80GB HBM3", 989, 67, "H100 Tensor Core GPU datasheet, SXM (bf16 1979 sparse)"),
+    (r"H100 PCIe", 756, 51, "H100 Tensor Core GPU datasheet, PCIe (bf16 1513 sparse)"),
+    (r"H100 NVL", 835, 60, "H100 Tensor Core GPU datasheet, NVL (bf16 1671 sparse)"),
+    (r"H200", 989, 67, "H200 Tensor Core GPU datasheet, SXM (bf16 1979 sparse)"),
+    (r"H200 NVL", 835, 60, "H200 Tensor Core GPU datasheet, NVL (bf16 1671 sparse)"),
+    (r"GH200 (120|480)GB|GH200 144G HBM3e", 989, 67, "GH200 Grace Hopper Superchip datasheet (bf16 1979 sparse)"),
+    (r"B200", 2250, 75, "Blackwell datasheet, HGX B200 (bf16 4500 sparse)"),
+    (r"GB200", 2500, 80, "Blackwell datasheet, GB200 NVL72 (bf16 5000 sparse)"),
+)
+
+
+def peak_flops(device_name: str, precision: Literal["bf16", "fp32"]) -> float | None:
+    """Dense peak in FLOP/s of one GPU; None for a CPU or a device the table does not know: MFU is then null, never guessed.
+
+    device_name: as `torch.cuda.get_device_name()` gives it.
+    """
+    name = re.sub(r"^NVIDIA ", "", device_name.strip())
+    name = re.sub(r"^GeForce ", "", name)
+    for pattern, bf16, fp32, _source in _PEAK_TFLOPS:
+        if re.fullmatch(pattern, name):
+            return {"bf16": bf16, "fp32": fp32}[precision] * 1e12
+    return None
