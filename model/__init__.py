@@ -1,0 +1,1 @@
+"""The GPT as a plain ``nn.Module``; knows nothing of DeepSpeed, files or experiment trackers."""

@@ -1,0 +1,52 @@
+"""The shape of a GPT: every field that changes its parameters or its mathematics."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+
+class GPTConfig(BaseModel):
+    """Architecture of one decoder-only transformer.
+
+    The defaults are GPT-2 small (124M).  ``kv_heads``, ``head_dim`` and ``ffn_size`` follow from the rest when null:
+    ``heads``, ``hidden_size / heads`` and ``4 * hidden_size``.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    layers: PositiveInt = 12
+    hidden_size: PositiveInt = 768
+    heads: PositiveInt = 12
+    kv_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    ffn_size: PositiveInt | None = None
+    vocab_size: PositiveInt = 50304
+    sequence_length: PositiveInt = 1024
+    positions: Literal["learned", "rope"] = "learned"
+    rope_theta: float = Field(10000.0, gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = Field(1e-5, gt=0)
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    tied_embeddings: bool = True
+    dropout: float = Field(0.0, ge=0, lt=1)
+    init_std: float = Field(0.02, gt=0)
+
+    def faults(self) -> list[tuple[str, str]]:
+        """What does not fit together, as ``(key, what and remedy)``; empty when the architecture can be built."""
+        found = []
+        if self.head_dim is None and self.hidden_size % self.heads:
+            found.append(("hidden_size", f"{self.hidden_size} does not divide into {self.heads} heads; change one of them or set head_dim"))
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            found.append(("kv_heads", f"{self.heads} query heads do not divide into {self.kv_heads} groups; use a divisor of heads"))
+        if self.positions == "rope" and (self.head_dim or self.hidden_size // self.heads) % 2:
+            found.append(("head_dim", "rotary positions turn pairs of channels, so head_dim must be even; change it or use positions: learned"))
+        return found
+
+    def resolved(self) -> "GPTConfig":
+        """The same architecture with every derived field filled in."""
+        return self.model_copy(update={
+            "kv_heads": self.kv_heads or self.heads,
+            "head_dim": self.head_dim or self.hidden_size // self.heads,
+            "ffn_size": self.ffn_size or 4 * self.hidden_size,
+        })

@@ -1,0 +1,182 @@
+"""A decoder-only transformer in the two dialects people train: GPT-2 (learned positions, LayerNorm, GELU) and Llama (RoPE, RMSNorm, SwiGLU, GQA)."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import attention
+from model.config import GPTConfig
+
+IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
+
+
+class GPT(nn.Module):
+    """GPT with pre-normalised residual blocks.
+
+    Args:
+        config: a resolved architecture (``GPTConfig.resolved()``).
+        attention_backend: a backend of ``kernels.attention``; changes speed and memory, never the function.
+        activation_checkpointing: ``none`` keeps every activation for the backward pass, ``full`` keeps each block's
+            input only and computes the block again (Chen et al. 2016, section 3).
+    """
+
+    def __init__(self, config: GPTConfig, *, attention_backend: str = "auto", activation_checkpointing: str = "none"):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.sequence_length, config.hidden_size) if config.positions == "learned" else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, attention_backend) for _ in range(config.layers))
+        self.final_norm = make_norm(config)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Inside __init__, because under deepspeed.zero.Init parameters are partitioned when it returns, and only
+        # nn.Module.apply gathers them for the visited function: loops over parameters would write into empty tensors.
+        self.apply(self._initialise)
+        if config.tied_embeddings:
+            self.head.weight = self.token_embedding.weight
+
+    def _initialise(self, module: nn.Module) -> None:
+        """GPT-2 initialisation: N(0, std), residual projections scaled by 1/sqrt(2 * layers) (Radford et al. 2019, section 2.3)."""
+        if isinstance(module, nn.Linear):
+            residual_scale = (2 * self.config.layers) ** -0.5 if getattr(module, "writes_to_residual", False) else 1.0
+            nn.init.normal_(module.weight, std=self.config.init_std * residual_scale)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits, or the summed cross-entropy when labels are given.
+
+        Args:
+            tokens: int64 [batch, sequence], sequence <= config.sequence_length.
+            labels: int64 [batch, sequence], the token that follows each position; ``IGNORED_LABEL`` where none counts.
+
+        Returns:
+            logits [batch, sequence, vocab_size] in the parameters' dtype; or a float32 scalar, the *sum* of the
+            cross-entropies in nats, so that callers can divide by the number of targets of a whole global batch.
+        """
+        sequence = tokens.shape[1]
+        x = self.token_embedding(tokens)
+        rotary = None
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(torch.arange(sequence, device=tokens.device))
+        else:
+            rotary = rotary_table(sequence, self.config.head_dim, self.config.rope_theta, tokens.device)
+        x = self.dropout(x)
+        for block in self.blocks:
+            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        logits = self.head(self.final_norm(x))
+        if labels is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+class Block(nn.Module):
+    """One transformer layer: attention and feed-forward, each normalised first and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, attention_backend: str):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = SelfAttention(config, attention_backend)
+        self.ffn_norm = make_norm(config)
+        self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
+        """x: [batch, sequence, hidden]; rotary: see ``rotary_table`` (None with learned positions)."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention; fewer key/value heads than query heads make it GQA, one makes it MQA (Ainslie et al. 2023)."""
+
+    def __init__(self, config: GPTConfig, backend: str):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim, self.backend = config.heads, config.kv_heads, config.head_dim, backend
+        self.qkv = nn.Linear(config.hidden_size, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=config.bias)
+        self.projection = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=config.bias)
+        self.projection.writes_to_residual = True
+
+    def forward(self, x: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
+        if rotary is None:
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        else:
+            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+            q, k = rotate(qk, rotary).split([self.heads, self.kv_heads], dim=2)
+        return self.projection(attention(q, k, v, causal=True, backend=self.backend).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """The position-wise network: GELU in its tanh form as in GPT-2, or SwiGLU (Shazeer 2020) with gate and value in one product."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.activation = config.activation
+        self.up = nn.Linear(config.hidden_size, config.ffn_size * (2 if config.activation == "swiglu" else 1), bias=config.bias)
+        self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.bias)
+        self.down.writes_to_residual = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.up(x)
+        if self.activation == "swiglu":
+            gate, value = x.chunk(2, dim=-1)
+            return self.down(F.silu(gate) * value)
+        return self.down(F.gelu(x, approximate="tanh"))
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
+
+
+def rotary_table(sequence: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Cosines and sines of RoPE's angles (Su et al. 2021, equation 34): float32 [2, sequence, 1, head_dim / 2].
+
+    Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences.
+    """
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(sequence, device=device, dtype=torch.float32), frequency)
+    return torch.stack((angle.cos(), angle.sin())).unsqueeze(2)
+
+
+def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    """Turn channel pairs (i, i + head_dim/2) of x [batch, sequence, heads, head_dim] by each position's angle; x's dtype out."""
+    cos, sin = rotary
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's two groups: matrices decay; biases and norm gains, which set scales and not directions, do not.
+
+    Chosen by module type: under ZeRO-3 a partitioned parameter has shape [0], so its number of dimensions says nothing.
+    """
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    decayed = [p for p in model.parameters() if id(p) in matrices]
+    kept = [p for p in model.parameters() if id(p) not in matrices]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+
+
+def count_parameters(config: GPTConfig) -> dict[str, int]:
+    """Parameters of a resolved architecture, counted on the meta device.
+
+    Returns:
+        ``total``; ``blocks``, those inside the layers; and ``matmul``, those that multiply every token (the position table is
+        only looked up, and so is the input embedding unless it is also the head).
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    total = sum(p.numel() for p in model.parameters())
+    looked_up = 0 if model.position_embedding is None else model.position_embedding.weight.numel()
+    if not config.tied_embeddings:
+        looked_up += model.token_embedding.weight.numel()
+    return {"total": total, "blocks": sum(p.numel() for p in model.blocks.parameters()), "matmul": total - looked_up}

@@ -1,0 +1,74 @@
+"""Compiles the attention kernels for GPUs that need not be present, as `attention` would launch them, and prints one JSON line for each.
+
+python tests/kernels/compile_kernels.py ARCH DTYPE HEAD_DIM CAUSAL EVEN ...    (a program of its own: it needs Triton without TRITON_INTERPRET)
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.attention import tuning
+from kernels.attention.triton_backward import ROWS_PER_PROGRAM, dkdv_kernel, dq_kernel, row_kernel
+from kernels.attention.triton_forward import forward_kernel
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+FLOAT32_POINTERS = ("lse", "lse_log2", "delta", "dlse")
+FLOATS = ("scale", "scale_log2", "log2_e")
+
+
+def compile_kernel(kernel, arch: str, dtype: torch.dtype, constants: dict, warps: int, stages: int):
+    """Pointers and strides divisible by 16, as aligned tensors give; lengths too where they are even."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        pointer = name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", *FLOAT32_POINTERS)
+        signature[name] = f"*{'fp32' if name in FLOAT32_POINTERS else TYPES[dtype]}" if pointer else "fp32" if name in FLOATS else "i32"
+        if pointer or name.endswith(("_batch", "_row", "_head")) or (name.startswith("seq") and constants.get("EVEN_M")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=dict(num_warps=warps, num_stages=stages))
+
+
+def compile_all(arch: str, dtype: torch.dtype, head_dim: int, causal: bool, even: bool, group: int = 1):
+    """Yields (pass, tile, compiled kernel) for the four kernels."""
+    block_d = triton.next_power_of_2(head_dim)
+    common = dict(HEAD_DIM=head_dim, BLOCK_D=block_d)
+    yield "rows", None, compile_kernel(row_kernel, arch, dtype, dict(**common, BLOCK_M=ROWS_PER_PROGRAM, dlse=None), 4, 3)
+    for which, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel)):
+        tile = tuning.tile_for(arch, which, dtype, head_dim)
+        precision = "ieee" if dtype is torch.float32 else "tf32"
+        constants = dict(GROUP=group, BLOCK_M=tile.queries, BLOCK_N=tile.keys, CAUSAL=causal, EVEN_M=even, EVEN_N=even, PRECISION=precision, **common)
+        yield which, tile, compile_kernel(kernel, arch, dtype, constants, tile.warps, tile.stages)
+
+
+def resources(compiled) -> dict[str, int]:
+    """Registers a thread and bytes of local memory (spills), as ptxas assigned them; Hopper's matrix instructions and the waits for them; shared
+    memory a block, as Triton asks for it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    waits = sass.count("WARPGROUP.DEPBAR")
+    return dict(registers=int(registers), stack=int(stack), shared=compiled.metadata.shared, wgmma=sass.count("HGMMA"), wgmma_waits=waits)
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        arch, dtype, head_dim, causal, even = case.split(",")
+        for which, tile, compiled in compile_all(arch, getattr(torch, dtype), int(head_dim), causal == "causal", even == "even"):
+            print(json.dumps(dict(case=case, which=which, tile=tile, **resources(compiled))), flush=True)

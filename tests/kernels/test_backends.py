@@ -1,0 +1,97 @@
+"""The table of capabilities: what is refused and how, what "auto" chooses, and that the table does not promise what the code cannot do."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels.attention import BACKENDS, attention, choose, unsupported
+
+H100 = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, compute_capability=(9, 0))
+CPU = dict(device_type="cpu", dtype=torch.float32, head_dim=64)
+
+
+def test_auto_takes_our_kernel_on_ampere_and_newer_and_pytorchs_elsewhere():
+    assert choose(**H100)[0] == "triton"
+    assert choose(**H100 | dict(compute_capability=(8, 0)))[0] == "triton"
+    assert choose(**CPU)[0] == "sdpa"
+    for asked in (dict(compute_capability=(7, 5)), dict(head_dim=512), dict(dtype=torch.float64)):
+        backend, why = choose(**H100 | asked)
+        assert backend == "sdpa" and unsupported("triton", **H100 | asked).split(";")[0] in why
+
+
+def test_auto_takes_a_backend_that_returns_the_log_sum_exp_when_that_is_asked():
+    assert choose(**CPU, return_lse=True)[0] == "tiled"
+    assert choose(**H100, return_lse=True)[0] == "triton"
+
+
+@pytest.mark.parametrize(
+    "backend, asked, reason",
+    [
+        ("sdpa_flash", H100 | dict(dtype=torch.float32), "attention.backend=sdpa_flash needs float16 or bfloat16, not float32; use triton or sdpa"),
+        ("sdpa_flash", CPU, "attention.backend=sdpa_flash runs on cuda, not on cpu; use sdpa or tiled"),
+        ("sdpa_cudnn", H100 | dict(head_dim=256), "needs head_dim from 8 to 128, a multiple of 8, not 256"),
+        ("sdpa_cudnn", H100 | dict(unequal_causal=True), "needs queries and keys of the same length when causal"),
+        ("sdpa_efficient", H100 | dict(grouped=True), "needs as many key heads as query heads"),
+        ("sdpa", CPU | dict(return_lse=True), "attention.backend=sdpa does not return the log-sum-exp; use tiled or eager"),
+        ("triton", H100 | dict(head_dim=8), "needs head_dim from 16 to 256, not 8; use sdpa or tiled"),
+        ("triton", H100 | dict(compute_capability=(7, 5)), "needs compute capability 8.0, and this GPU has 7.5; use sdpa or tiled"),
+        ("triton", CPU, "TRITON_INTERPRET=1"),
+        ("flash", CPU, "attention.backend=flash is not known; choose one of auto, eager, tiled, sdpa"),
+    ],
+)
+def test_a_refusal_names_the_reason_and_the_remedy(backend, asked, reason):
+    assert reason in unsupported(backend, **asked)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_on_a_recent_gpu_is_within_reach_of_every_backend(backend):
+    assert unsupported(backend, **H100) is None and unsupported("auto", **H100) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attention_refuses_what_the_table_refuses_and_computes_the_rest(backend):
+    q = torch.randn(1, 4, 2, 64)
+    for return_lse in (False, True):
+        if reason := unsupported(backend, **CPU, return_lse=return_lse):
+            with pytest.raises(ValueError) as refusal:
+                attention(q, q, q, backend=backend, return_lse=return_lse)
+            assert str(refusal.value) == reason
+        else:
+            out = attention(q, q, q, backend=backend, return_lse=return_lse)
+            assert (out[0] if return_lse else out).shape == q.shape
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        (([4, 2, 16],) * 3, "batch, seq, heads, head_dim"),
+        (([1, 4, 2, 16], [1, 4, 2, 8], [1, 4, 2, 8]), "agree in batch and head_dim"),
+        (([1, 4, 2, 16], [2, 4, 2, 16], [2, 4, 2, 16]), "agree in batch and head_dim"),
+        (([1, 4, 2, 16], [1, 4, 2, 16], [1, 5, 2, 16]), "k and v in all dimensions"),
+        (([1, 4, 3, 16], [1, 4, 2, 16], [1, 4, 2, 16]), "multiple of the number of key heads"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*(torch.zeros(shape) for shape in shapes))
+
+
+def test_mixed_dtypes_and_a_scale_of_zero_are_refused():
+    q = torch.zeros(1, 2, 1, 16)
+    with pytest.raises(ValueError, match="share dtype and device, got torch.float32"):
+        attention(q, q.half(), q)
+    with pytest.raises(ValueError, match="scale must be above 0"):
+        attention(q, q, q, scale=0.0)
+
+
+def test_triton_is_not_imported_before_it_is_used():
+    program = "import sys, torch; from kernels.attention import attention; x = torch.zeros(1, 2, 1, 16); attention(x, x, x); sys.exit('kernels.attention.triton_forward' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_a_missing_triton_is_named(monkeypatch):
+    monkeypatch.setattr("kernels.attention.backends.TRITON_INSTALLED", False)
+    assert "needs the package triton, which is not installed; use sdpa or tiled" in unsupported("triton", **H100)
+    assert choose(**H100)[0] == "sdpa"

@@ -1,0 +1,162 @@
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.gpt import count_parameters
+from training.config import Config, ConfigError, load_config
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Write files given by name=text, load ``run``."""
+
+    def write_and_load(*overrides, world_size=1, **files):
+        for name, text in files.items():
+            (tmp_path / f"{name}.yaml").write_text(textwrap.dedent(text))
+        config, _ = load_config(tmp_path / "run.yaml", ["train.precision=fp32", *overrides], world_size=world_size)
+        return config
+
+    return write_and_load
+
+
+def faults_of(call) -> str:
+    with pytest.raises(ConfigError) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_base_yaml_documents_every_key_with_its_default():
+    resolved, _ = load_config("configs/base.yaml")
+    given = yaml.safe_load(Path("configs/base.yaml").read_text().replace("1e-5", "1.0e-5").replace("6e-4", "6.0e-4").replace("6e-5", "6.0e-5").replace("1e-8", "1.0e-8"))
+    assert given == Config().model_dump()
+    assert list(given) == list(Config.model_fields)
+    assert resolved.run.name == "base"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_load_and_have_the_parameters_their_comment_says(path):
+    for world_size in (1, 2, 4, 8):
+        config, _ = load_config(path, world_size=world_size)
+    if path.stem == "base":
+        return
+    comment = path.read_text().splitlines()[0]
+    assert comment == f"# parameters: {count_parameters(config.model)['total']:,}"
+
+
+def test_the_shipped_configurations_are_all_there():
+    assert {"base", "quickstart", "gpt2-124m", "gpt2-355m", "gpt-1.3b", "llama-1b"} <= {path.stem for path in CONFIGS}
+
+
+def test_base_is_inherited_key_by_key_and_the_command_line_wins(load):
+    config = load(
+        "optimizer.lr=2e-3", "model.layers=5",
+        grandparent="model: {layers: 2, heads: 3, hidden_size: 96}",
+        parent="base: grandparent.yaml\nmodel: {layers: 4}\noptimizer: {betas: [0.8, 0.9]}",
+        run="base: parent.yaml\noptimizer: {lr: 1e-4}\n",
+    )
+    assert (config.model.layers, config.model.heads, config.model.hidden_size) == (5, 3, 96)
+    assert (config.optimizer.lr, config.optimizer.betas) == (2e-3, [0.8, 0.9])
+
+
+def test_scalars_are_those_of_yaml_1_2(load):
+    config = load(run="""
+        run: {name: off, output_dir: 2026-11-22}
+        optimizer: {lr: 1e-4, min_lr: 1E-5, eps: .5e-8, weight_decay: 0}
+        train: {steps: 010}
+        sample: {prompt: "no", top_k: ~}
+        """)
+    assert (config.run.name, config.run.output_dir) == ("off", "2026-11-22")
+    assert (config.optimizer.lr, config.optimizer.min_lr, config.optimizer.eps, config.optimizer.weight_decay) == (1e-4, 1e-5, 5e-9, 0.0)
+    assert config.train.steps == 10
+    assert (config.sample.prompt, config.sample.top_k) == ("no", None)
+
+
+def test_all_faults_are_reported_at_once_with_file_line_and_nearest_key(load, tmp_path):
+    message = faults_of(lambda: load("zero.stage=7", "nonsense", parent="train:\n  stepz: 3\n", run="""\
+        base: parent.yaml
+        model:
+          layers: many
+          layers: 3
+        modle: {}
+        attention: {backend: sdpa, bakend: eager}
+        """))
+    assert "7 faults" in message
+    for expected in (
+        f"{tmp_path}/parent.yaml:2: train.stepz: unknown key; the nearest valid one is train.steps",
+        f"{tmp_path}/run.yaml:3: model.layers: input should be a valid integer, not 'many'",
+        f"{tmp_path}/run.yaml:5: modle: unknown key; the nearest valid one is model",
+        f"{tmp_path}/run.yaml:6: attention.bakend: unknown key; the nearest valid one is attention.backend",
+        "command line: zero.stage: input should be 0, 1, 2 or 3, not 7",
+        "command line: 'nonsense': not of the form section.key=value",
+    ):
+        assert expected in message
+
+
+def test_duplicate_keys_are_refused(load, tmp_path):
+    message = faults_of(lambda: load(run="train:\n  steps: 3\n  steps: 4\n"))
+    assert f"{tmp_path}/run.yaml:3: train.steps: given twice, first in line 2" in message
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("base: missing.yaml", "missing.yaml: no such file"),
+    ("base: run.yaml", "includes itself"),
+    ("- a list", "top level must be a mapping"),
+    ("train: {steps: [", "not readable as YAML"),
+    ("train: 3", "command line: train.precision: train is 3 in"),
+    ("optimizer: 3", "optimizer: input should be a valid dictionary"),
+    ("train: {steps: 3.0}", "valid integer, not 3.0"),
+    ("train: {steps: true}", "valid integer, not True"),
+    ("model: {hidden_size: 100, heads: 3}", "100 does not divide into 3 heads"),
+    ("model: {kv_heads: 5}", "12 query heads do not divide into 5 groups"),
+    ("model: {positions: rope, head_dim: 33}", "head_dim must be even"),
+    ("attention: {backend: sdpaa}", "attention.backend=sdpaa is not known"),
+    ("optimizer: {min_lr: 1.0}", "above optimizer.lr"),
+    ("zero: {reduce_dtype: bf16}", "gradients of an fp32 run are fp32"),
+])
+def test_faults_name_the_file_and_the_remedy(load, text, expected):
+    message = faults_of(lambda: load(run=text))
+    assert expected in message and "run.yaml" in message
+
+
+@pytest.mark.parametrize("train, world_size, expected", [
+    ("micro_batch_size: 4, gradient_accumulation_steps: 2, global_batch_size: null", 3, (4, 2, 24)),
+    ("micro_batch_size: null, gradient_accumulation_steps: 2, global_batch_size: 24", 3, (4, 2, 24)),
+    ("micro_batch_size: 4, gradient_accumulation_steps: null, global_batch_size: 24", 3, (4, 2, 24)),
+    ("micro_batch_size: 4, gradient_accumulation_steps: 2, global_batch_size: 24", 3, (4, 2, 24)),
+    ("micro_batch_size: 4, gradient_accumulation_steps: 2, global_batch_size: 24", 2, None),
+    ("micro_batch_size: null, gradient_accumulation_steps: 1, global_batch_size: 25", 2, None),
+    ("micro_batch_size: null, gradient_accumulation_steps: 4, global_batch_size: 2", 1, None),
+    ("micro_batch_size: null, gradient_accumulation_steps: null, global_batch_size: 24", 1, None),
+])
+def test_batch_arithmetic_is_checked_and_never_rounded(load, train, world_size, expected):
+    def resolve():
+        config = load(run=f"train: {{{train}}}", world_size=world_size).train
+        return config.micro_batch_size, config.gradient_accumulation_steps, config.global_batch_size
+
+    if expected is None:
+        assert "global_batch_size" in faults_of(resolve)
+    else:
+        assert resolve() == expected
+
+
+def test_a_backend_asked_for_by_name_is_refused_when_it_cannot_do_it(monkeypatch, load):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = faults_of(lambda: load("attention.backend=sdpa_cudnn", run=""))
+    assert "attention.backend=sdpa_cudnn runs on cuda, not on cpu" in message and "use sdpa" in message
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    assert "needs float16 or bfloat16, not float32" in faults_of(lambda: load("attention.backend=sdpa_flash", run=""))
+    assert load("attention.backend=sdpa_flash", "train.precision=bf16", run="").attention.backend == "sdpa_flash"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
+    assert "bf16 needs compute capability 8.0, and this GPU has 7.5" in faults_of(lambda: load("train.precision=bf16", run=""))
+
+
+def test_auto_is_resolved_once_with_its_reason(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config, notes = load_config("configs/quickstart.yaml")
+    assert config.attention.backend == "sdpa"
+    assert len(notes) == 1 and notes[0].startswith("attention.backend: auto -> sdpa (")

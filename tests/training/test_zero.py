@@ -1,0 +1,88 @@
+"""ZeRO on two processes: every backend, checkpointing mode, stage and precision trains as plain PyTorch on one process does."""
+
+import json
+import math
+
+import pytest
+
+from tests.launching import deepspeed_run
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    out = tmp_path_factory.mktemp("zero") / "seen.json"
+    done = deepspeed_run("tests/training/zero_worker.py", out, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def assert_same_training(found, expected, relative=2e-6):
+    assert found["losses"] == pytest.approx(expected["losses"], rel=relative)
+    assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2 * relative)
+
+
+def test_every_backend_checkpointing_and_stage_trains_as_plain_pytorch(seen):
+    assert len(seen["grid"]) == 18
+    for cell in seen["grid"].values():
+        assert_same_training(cell, seen["plain"])
+    assert seen["plain"]["losses"][0] != seen["plain"]["losses"][-1]
+
+
+def test_llama_dialect_trains_as_plain_pytorch(seen):
+    assert_same_training(seen["llama"], seen["plain_llama"])
+
+
+def test_loss_is_normalised_by_the_targets_of_the_global_batch(seen):
+    """Labels are ignored unevenly, so that a mean over micro batches or ranks would differ."""
+    assert seen["plain_ignored"]["losses"][0] != pytest.approx(seen["plain"]["losses"][0], rel=1e-5)
+    for run in seen["accumulated"].values():
+        assert_same_training(run, seen["plain_ignored"])
+
+
+def test_bf16_agrees_over_the_stages_and_with_fp32(seen):
+    for stage in "012":
+        assert_same_training(seen["bf16"][stage], seen["bf16"]["3"], relative=2e-5 if stage == "0" else 2e-6)
+    assert_same_training(seen["bf16"]["3"], seen["plain"], relative=1e-3)
+
+
+def test_initial_weights_under_zero_init_are_the_plain_ones(seen):
+    assert seen["initial_weights"]["equal_to_plain"]
+
+
+def test_initial_standard_deviations(seen):
+    residual = 0.02 / math.sqrt(2 * 8)
+    for name, std in seen["initial_weights"]["stds"].items():
+        if name.endswith("bias") or "norm" in name:
+            assert std == 0, name
+        else:
+            expected = residual if name.endswith(("projection.weight", "down.weight")) else 0.02
+            assert std == pytest.approx(expected, rel=0.05), name
+
+
+def test_only_matrices_decay(seen):
+    assert set(seen["initial_weights"]["decayed"]) == {
+        name for name in seen["initial_weights"]["stds"] if name.endswith("weight") and "norm" not in name}
+
+
+def test_dropout_is_drawn_again_by_checkpointing_and_differs_between_ranks(seen):
+    assert_same_training(seen["dropout"]["full"], seen["dropout"]["none"])
+    first, second = seen["dropout"]["loss_of_each_rank"]
+    assert first != second
+
+
+def test_evaluation_counts_every_validation_token_once(seen):
+    evaluation = seen["evaluation"]
+    assert evaluation["tokens"] == evaluation["split_tokens"] - 1
+    assert evaluation["found"]["val_loss"] == pytest.approx(evaluation["nats"] / evaluation["tokens"], rel=1e-5)
+    assert evaluation["found"]["val_perplexity"] == pytest.approx(math.exp(evaluation["nats"] / evaluation["tokens"]), rel=1e-4)
+    assert evaluation["found"]["val_bits_per_byte"] == pytest.approx(evaluation["nats"] / math.log(2) / evaluation["bytes"], rel=1e-5)
+    assert evaluation["some"]["val_loss"] != evaluation["found"]["val_loss"]
+
+
+def test_every_rank_samples_the_same_text(seen):
+    first, second = seen["evaluation"]["samples"]
+    assert first == second and first
+
+
+def test_a_fault_on_one_rank_is_raised_on_all(seen):
+    assert seen["fault_on_one_rank"] == ["the fault of rank 1"] * 2

@@ -1,0 +1,185 @@
+"""Two processes under the DeepSpeed launcher that train every combination worth comparing and write down what they saw.
+
+One launch for all of them: starting Python, torch and the process group costs more than the training.  ``test_zero.py`` reads the JSON.
+"""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from model.gpt import GPT, IGNORED_LABEL, parameter_groups
+from training.batches import validation_batches
+from training.config import Config, load_config
+from training.corpus import Corpus, write_corpus
+from training.distributed import join_process_group, together
+from training.engine import build_engine, train_step
+from training.evaluation import evaluate, sample_text
+from training.schedule import learning_rate
+from training.tokenizers import load_tokenizer
+
+STEPS = 3
+TINY = [
+    "model.layers=2", "model.hidden_size=32", "model.heads=2", "model.kv_heads=1", "model.vocab_size=264", "model.sequence_length=32",
+    "train.global_batch_size=8", "train.precision=fp32", "attention.backend=eager", "optimizer.warmup_steps=0", f"train.steps={STEPS}",
+]
+LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.tied_embeddings=false"]
+
+
+def configure(*overrides: str) -> Config:
+    config, _ = load_config("configs/base.yaml", [*TINY, *overrides], world_size=dist.get_world_size())
+    return config
+
+
+def global_batch(config: Config, step: int, ignored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same (tokens, labels) on every rank, int64 [global_batch, sequence]; ``ignored`` masks labels unevenly over the rows."""
+    generator = torch.Generator().manual_seed(step)
+    windows = torch.randint(257, (config.train.global_batch_size, config.model.sequence_length + 1), generator=generator)
+    tokens, labels = windows[:, :-1].clone(), windows[:, 1:].clone()
+    if ignored:
+        for row in range(len(labels)):
+            labels[row, : 4 * row] = IGNORED_LABEL
+    return tokens, labels
+
+
+def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    tokens, labels = (x.chunk(dist.get_world_size())[dist.get_rank()] for x in global_batch(config, step, ignored))
+    return list(zip(tokens.split(config.train.micro_batch_size), labels.split(config.train.micro_batch_size), strict=True))
+
+
+def train(config: Config, ignored: bool = False) -> dict:
+    engine = build_engine(config)
+    results = [train_step(engine, micro_batches(config, step, ignored), step, config) for step in range(STEPS)]
+    engine.destroy()
+    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+
+
+def train_plainly(config: Config, ignored: bool = False) -> dict:
+    """The same without DeepSpeed, processes or micro batches: the whole global batch in one forward and backward."""
+    torch.manual_seed(config.run.seed)
+    model = GPT(config.model, attention_backend="eager")
+    o = config.optimizer
+    optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=tuple(o.betas), eps=o.eps)
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.train.steps, o)
+        tokens, labels = global_batch(config, step, ignored)
+        loss = model(tokens, labels) / (labels != IGNORED_LABEL).sum()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)))
+        losses.append(float(loss))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "grad_norms": norms}
+
+
+def grid() -> dict:
+    """backend x checkpointing x stage, and the other stages and precisions once each."""
+    cells = {}
+    for backend, checkpointing, stage in itertools.product(("eager", "tiled", "sdpa", "triton"), ("none", "full"), (2, 3)):
+        name = f"{backend}-{checkpointing}-stage{stage}"
+        cells[name] = train(configure(f"attention.backend={backend}", f"train.activation_checkpointing={checkpointing}", f"zero.stage={stage}"))
+    for stage in (0, 1):
+        cells[f"eager-none-stage{stage}"] = train(configure(f"zero.stage={stage}"))
+    return cells
+
+
+def initial_weights() -> dict:
+    """Standard deviations under ZeRO-3, and whether the weights are those of a model built without it."""
+    config = configure("model.hidden_size=64", "model.layers=8", "model.dropout=0.0")
+    engine = build_engine(config)
+    torch.manual_seed(config.run.seed)
+    plain = dict(GPT(config.model).named_parameters())
+    stds, equal = {}, True
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter):
+            stds[name] = float(parameter.std(correction=0))
+            equal &= torch.equal(parameter.data, plain[name].data)
+    groups = parameter_groups(engine.module, 0.1)
+    decayed = {id(p) for p in groups[0]["params"]}
+    names = [name for name, p in engine.module.named_parameters() if id(p) in decayed]
+    engine.destroy()
+    return {"stds": stds, "equal_to_plain": equal, "decayed": names}
+
+
+def dropout_differs() -> dict:
+    """Ranks draw different dropout masks; checkpointing draws the same mask again."""
+    runs = {checkpointing: train(configure("model.dropout=0.5", f"train.activation_checkpointing={checkpointing}")) for checkpointing in ("none", "full")}
+    engine = build_engine(configure("model.dropout=0.5"))
+    tokens, labels = (x[:2] for x in global_batch(configure(), 0))
+    losses = [None, None]
+    dist.all_gather_object(losses, float(engine(tokens, labels)))
+    engine.destroy()
+    return {**runs, "loss_of_each_rank": losses}
+
+
+def evaluation(folder: Path) -> dict:
+    """Validation over two ranks against one plain pass; samples on every rank."""
+    tokenizer = load_tokenizer("bytes")
+    if dist.get_rank() == 0:
+        text = "To be, or not to be: that is the question. " * 30
+        write_corpus(folder, tokenizer=tokenizer, splits={"train": [text], "validation": [text[: 32 * 9 + 5], "é" * 20]}, provenance={})
+    dist.barrier()
+    corpus = Corpus.open(folder)
+    config = configure()
+    engine = build_engine(config)
+    shape = {"sequence_length": 32, "batch_size": 2, "rank": dist.get_rank(), "world": dist.get_world_size(), "device": engine.device}
+    found = evaluate(engine, validation_batches(corpus.split("validation"), sequences=None, **shape), corpus.token_bytes)
+    some = evaluate(engine, validation_batches(corpus.split("validation"), sequences=3, **shape), corpus.token_bytes)
+    torch.manual_seed(config.run.seed)
+    plain, split = GPT(config.model, attention_backend="eager").eval(), corpus.split("validation")
+    nats = tokens = text_bytes = 0
+    with torch.no_grad():
+        for index in range(split.windows_covering_all(32)):
+            window = torch.from_numpy(split.window(index, 32))
+            nats += float(plain(window[None, :-1], window[None, 1:]))
+            tokens += len(window) - 1
+            text_bytes += int(corpus.token_bytes[window[1:]].sum())
+    texts = [None, None]
+    settings = config.sample.model_copy(update={"tokens": 20, "prompt": "To be"})
+    dist.all_gather_object(texts, sample_text(engine, tokenizer, settings, sequence_length=32, seed=7))
+    engine.destroy()
+    return {"found": found, "some": some, "nats": nats, "tokens": tokens, "bytes": text_bytes, "split_tokens": split.tokens, "samples": texts}
+
+
+def fault_on_one_rank() -> str:
+    def fail():
+        raise ValueError("the fault of rank 1")
+
+    try:
+        together(fail, here=dist.get_rank() == 1)
+    except ValueError as error:
+        return str(error)
+    return "nothing raised"
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])  # the launcher puts --local_rank first
+    join_process_group()
+    seen = {
+        "grid": grid(),
+        "plain": train_plainly(configure()),
+        "plain_llama": train_plainly(configure(*LLAMA)),
+        "llama": train(configure(*LLAMA, "train.activation_checkpointing=full", "attention.backend=sdpa")),
+        "plain_ignored": train_plainly(configure(), ignored=True),
+        "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
+        "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
+        "initial_weights": initial_weights(),
+        "dropout": dropout_differs(),
+        "evaluation": evaluation(out.parent / "corpus"),
+    }
+    messages = [None, None]
+    dist.all_gather_object(messages, fault_on_one_rank())
+    seen["fault_on_one_rank"] = messages
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

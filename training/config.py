@@ -1,0 +1,320 @@
+"""From YAML files and command-line overrides to one checked configuration.
+
+A run is one YAML file.  ``base:`` names a file it builds on, ``key.sub=value`` on the command line overrides both.
+Everything that is wrong is reported at once, each fault with the file and line it came from.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+
+from model.config import GPTConfig
+
+
+class ConfigError(ValueError):
+    """One or more faults in a configuration; the message lists them all."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RunSection(Section):
+    name: str | None = None
+    output_dir: str = "runs"
+    seed: NonNegativeInt = 1234
+
+
+class AttentionSection(Section):
+    backend: str = "auto"
+
+
+class DataSection(Section):
+    corpus: str = "data/shakespeare-gpt2"
+
+
+class TrainSection(Section):
+    steps: PositiveInt = 300
+    micro_batch_size: PositiveInt | None = None
+    gradient_accumulation_steps: PositiveInt | None = 1
+    global_batch_size: PositiveInt | None = 128
+    precision: Literal["bf16", "fp32"] = "bf16"
+    activation_checkpointing: Literal["none", "full"] = "none"
+
+
+class OptimizerSection(Section):
+    lr: float = Field(6e-4, gt=0)
+    min_lr: float = Field(6e-5, ge=0)
+    warmup_steps: NonNegativeInt = 30
+    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, ge=0)
+
+
+class ZeroSection(Section):
+    stage: Literal[0, 1, 2, 3] = 3
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    reduce_bucket_size: PositiveInt = 50_000_000
+    prefetch_bucket_size: PositiveInt = 100_000_000
+    persistence_threshold: NonNegativeInt = 100_000
+
+
+class EvalSection(Section):
+    every: NonNegativeInt = 100
+    sequences: PositiveInt | None = 1024
+
+
+class SampleSection(Section):
+    prompt: str = "\n"
+    tokens: NonNegativeInt = 128
+    temperature: float = Field(0.8, ge=0)
+    top_k: PositiveInt | None = 50
+
+
+class TrackingSection(Section):
+    log_every: PositiveInt = 10
+    wandb: Literal["online", "offline", "disabled"] = "offline"
+    project: str = "gpt-recipe"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = []
+
+
+class Config(Section):
+    """One run.  ``configs/base.yaml`` documents every key."""
+
+    run: RunSection = RunSection()
+    model: GPTConfig = GPTConfig()
+    attention: AttentionSection = AttentionSection()
+    data: DataSection = DataSection()
+    train: TrainSection = TrainSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    zero: ZeroSection = ZeroSection()
+    eval: EvalSection = EvalSection()
+    sample: SampleSection = SampleSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+# --- YAML -----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars, not 1.1's: ``1e-4`` is a float, ``off`` a string, ``010`` ten, a date a string."""
+
+    yaml_implicit_resolvers: dict = {}
+
+
+for _tag, _pattern, _first in (
+    ("null", r"(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
+    ("int", r"[-+]?[0-9]+$", list("-+0123456789")),
+    ("float", r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+class _Tree:
+    """Nested keys and values, each leaf with the place it came from."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[tuple[str, ...], str] = {}
+        self.faults: list[str] = []
+
+    def origin(self, path: Iterable) -> str:
+        """The place that set this key, or the nearest enclosing one that is known."""
+        path = tuple(str(part) for part in path)
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins.get(path, "defaults")
+
+    def set(self, path: tuple[str, ...], value: Any, origin: str) -> None:
+        """Merge value in at path: mappings key by key, everything else replaced."""
+        section = self.values
+        for depth, part in enumerate(path[:-1], start=1):
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                self.faults.append(f"{origin}: {'.'.join(path)}: {'.'.join(path[:depth])} is {section!r} in {self.origin(path[:depth])}, not a section")
+                return
+        self.origins[path] = origin
+        if not (isinstance(value, dict) and isinstance(section.get(path[-1]), dict)):
+            section[path[-1]] = value
+
+    def read(self, file: Path, including: tuple[Path, ...] = ()) -> None:
+        """Merge a YAML file in, its ``base:`` first."""
+        if file.resolve() in including:
+            self.faults.append(f"{file}: base: the file includes itself by way of {' -> '.join(p.name for p in including)}; remove one base")
+            return
+        try:
+            root = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
+        except FileNotFoundError:
+            self.faults.append(f"{file}: no such file; the shipped configurations are in configs/")
+            return
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            self.faults.append(f"{file}: not readable as YAML: {' '.join(str(error).split())}")
+            return
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            self.faults.append(f"{file}: the top level must be a mapping of sections (run:, model:, ...)")
+            return
+        for key, value in root.value:
+            if key.value == "base":
+                self.read(file.parent / str(value.value), (*including, file.resolve()))
+        self._walk(root, (), file)
+
+    def _walk(self, mapping: yaml.MappingNode, path: tuple[str, ...], file: Path) -> None:
+        seen: dict[str, int] = {}
+        for key, value in mapping.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                self.faults.append(f"{file}:{line}: {'.'.join((*path, name))}: given twice, first in line {seen[name]}; remove one")
+                continue
+            seen[name] = line
+            if not path and name == "base":
+                continue
+            if isinstance(value, yaml.MappingNode):
+                self.set((*path, name), {}, f"{file}:{line}")
+                self._walk(value, (*path, name), file)
+                continue
+            try:
+                loader = _Loader("")
+                self.set((*path, name), loader.construct_object(value, deep=True), f"{file}:{line}")
+            except yaml.YAMLError as error:
+                self.faults.append(f"{file}:{line}: {'.'.join((*path, name))}: {' '.join(str(error).split())}")
+
+    def override(self, text: str) -> None:
+        """Merge one ``key.sub=value`` of the command line in; the value is read as YAML."""
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            self.faults.append(f"command line: {text!r}: not of the form section.key=value")
+            return
+        try:
+            self.set(tuple(key.split(".")), yaml.load(value, Loader=_Loader), "command line")
+        except yaml.YAMLError as error:
+            self.faults.append(f"command line: {key}: {' '.join(str(error).split())}")
+
+
+# --- Checks ---------------------------------------------------------------------------------------------------------
+
+
+def _describe(error: dict, tree: _Tree) -> str:
+    """One pydantic error as: place: key: what, remedy."""
+    path = error["loc"]
+    key = ".".join(str(part) for part in path)
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        close = difflib.get_close_matches(str(path[-1]), section.model_fields, n=1, cutoff=0.0)
+        what = f"unknown key; the nearest valid one is {'.'.join(str(part) for part in (*path[:-1], *close))}"
+    else:
+        what = f"{error['msg'][0].lower()}{error['msg'][1:]}, not {error['input']!r}"
+    return f"{tree.origin(path)}: {key}: {what}"
+
+
+def _resolve_batch(train: TrainSection, world_size: int) -> tuple[TrainSection, str | None]:
+    """Fill in the one of micro, accumulation and global batch size that is null; refuse what does not multiply out."""
+    micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
+    given = f"micro_batch_size {micro} x gradient_accumulation_steps {accumulation} x {world_size} processes, global_batch_size {total}"
+    if [micro, accumulation, total].count(None) > 1:
+        return train, f"only one of the three may be null ({given}); set the others"
+    if total is None:
+        total = micro * accumulation * world_size
+    elif micro is None:
+        micro = total // (accumulation * world_size)
+    elif accumulation is None:
+        accumulation = total // (micro * world_size)
+    if not micro or not accumulation or micro * accumulation * world_size != total:
+        return train, f"the batch sizes do not multiply out: {given}; change one of them, or make one null and it follows from the others"
+    resolved = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "global_batch_size": total}
+    return train.model_copy(update=resolved), None
+
+
+def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: int = 1) -> tuple[Config, list[str]]:
+    """Read, merge, check and resolve one run's configuration.
+
+    Args:
+        file: the YAML file; relative ``base:`` paths in it are relative to it.
+        overrides: ``section.key=value`` strings; values are YAML.
+        world_size: number of processes of the run, for the batch arithmetic.
+
+    Returns:
+        The configuration with every derived value filled in, and what ``auto`` chose and why, a line each.
+
+    Raises:
+        ConfigError: every fault found, a line each: file and line, key, what is wrong, remedy.
+    """
+    file = Path(file)
+    tree = _Tree()
+    tree.read(file)
+    for text in overrides:
+        tree.override(text)
+    faults = tree.faults
+    try:
+        config = Config.model_validate(tree.values)
+    except ValidationError as error:
+        faults += [_describe(fault, tree) for fault in error.errors()]
+    if not faults:
+        config, notes, found = _resolve(config, file, world_size)
+        faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for key, what in found]
+    if faults:
+        raise ConfigError(f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n" + "\n".join(f"  {f}" for f in faults))
+    return config, notes
+
+
+def _resolve(config: Config, file: Path, world_size: int) -> tuple[Config, list[str], list[tuple[str, str]]]:
+    """Derived values, ``auto``'s choice, and the faults that only several keys together show, as (key, what and remedy)."""
+    faults = [(f"model.{key}", what) for key, what in config.model.faults()]
+    train, batch_fault = _resolve_batch(config.train, world_size)
+    if batch_fault:
+        faults.append(("train.global_batch_size", batch_fault))
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        faults.append(("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr {optimizer.lr}; lower it"))
+    if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":
+        faults.append(("zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
+    backend, notes = config.attention.backend, []
+    if not faults:
+        backend, notes, faults = _resolve_backend(config)
+    resolved = config.model_copy(update={
+        "run": config.run.model_copy(update={"name": config.run.name or file.stem}),
+        "model": config.model.resolved(),
+        "attention": AttentionSection(backend=backend),
+        "train": train,
+    })
+    return resolved, notes, faults
+
+
+def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, str]]]:
+    """The attention backend by name; what ``auto`` chose and why; the reason an explicit one cannot do what is asked."""
+    # Imported late: torch takes seconds, and a misspelt key should not.
+    import torch
+
+    from kernels.attention import choose, unsupported
+
+    model = config.model.resolved()
+    on_gpu = torch.cuda.is_available()
+    capability = torch.cuda.get_device_capability() if on_gpu else None
+    if on_gpu and config.train.precision == "bf16" and capability < (8, 0):
+        return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp32")]
+    asked = {
+        "device_type": "cuda" if on_gpu else "cpu",
+        "dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        "head_dim": model.head_dim,
+        "compute_capability": capability,
+        "grouped": model.kv_heads != model.heads,
+    }
+    backend = config.attention.backend
+    if backend == "auto":
+        chosen, why = choose(**asked)
+        return chosen, [f"attention.backend: auto -> {chosen} ({why})"], []
+    reason = unsupported(backend, **asked)
+    return backend, [], [("attention.backend", reason)] if reason else []

@@ -1,0 +1,65 @@
+"""Validation loss and samples; every rank takes part, because under ZeRO-3 each forward gathers parameters from all."""
+
+import math
+from collections.abc import Iterable
+
+import deepspeed
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from model.gpt import IGNORED_LABEL
+from training.batches import Batch
+from training.config import SampleSection
+from training.tokenizers import Tokenizer
+
+
+@torch.no_grad()
+def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], token_bytes: np.ndarray) -> dict[str, float]:
+    """Loss over validation batches, the same on every rank.
+
+    Args:
+        batches: this rank's (tokens, labels); as many on every rank.
+        token_bytes: int64 [vocabulary], UTF-8 bytes of each token; 0 for end of text.
+
+    Returns:
+        ``val_loss`` in nats per target token, ``val_perplexity``, and ``val_bits_per_byte``, which alone compares across tokenizers.
+    """
+    engine.eval()
+    bytes_of = torch.from_numpy(token_bytes).to(engine.device)
+    totals = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    for tokens, labels in batches:
+        counted = labels[labels != IGNORED_LABEL]
+        totals += torch.stack([engine(tokens, labels).double(), counted.numel() * totals.new_ones(()), bytes_of[counted].sum().double()])
+    dist.all_reduce(totals)
+    engine.train()
+    nats, targets, text_bytes = totals.tolist()
+    loss = nats / targets
+    return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": nats / math.log(2) / text_bytes}
+
+
+@torch.no_grad()
+def sample_text(engine: deepspeed.DeepSpeedEngine, tokenizer: Tokenizer, settings: SampleSection, *, sequence_length: int, seed: int) -> str:
+    """Continue the prompt token by token with temperature and top-k sampling; temperature 0 takes the likeliest.
+
+    Every rank draws the same tokens (same seed, same logits). Stops at end of text, or after ``settings.tokens``.
+    """
+    engine.eval()
+    generator = torch.Generator().manual_seed(seed)
+    prompt = tokenizer.encode(settings.prompt).tolist() or [tokenizer.end_of_text]
+    tokens = list(prompt)
+    for _ in range(settings.tokens):
+        window = torch.tensor([tokens[-sequence_length:]], device=engine.device)
+        logits = engine(window)[0, -1, : tokenizer.vocab_size].float().cpu()
+        if settings.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            logits /= settings.temperature
+            if settings.top_k is not None and settings.top_k < len(logits):
+                logits[logits < logits.topk(settings.top_k).values[-1]] = -torch.inf
+            token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        if token == tokenizer.end_of_text:
+            break
+        tokens.append(token)
+    engine.train()
+    return tokenizer.decode(tokens[len(prompt):])

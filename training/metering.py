@@ -1,0 +1,62 @@
+"""What a step cost: the row of metrics.jsonl."""
+
+import resource
+import time
+
+import torch
+
+from model.gpt import count_parameters
+from training.config import Config
+from training.engine import StepResult
+from training.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+
+
+class Meter:
+    """Turns step results and clock readings into rows; see ``training.flops`` for MFU and HFU."""
+
+    def __init__(self, config: Config, world: int):
+        model = config.model
+        self.world = world
+        self.tokens_per_step = config.train.global_batch_size * model.sequence_length
+        self.parameters = count_parameters(model)
+        shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,
+                 "sequence_length": model.sequence_length}
+        self.flops_per_token = model_flops_per_token(**shape)
+        self.hardware_flops_per_token = hardware_flops_per_token(
+            **shape, block_parameters=self.parameters["blocks"], activation_checkpointing=config.train.activation_checkpointing)
+        self.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        self.peak_flops = peak_flops(self.device_name, config.train.precision)
+        self.started = time.perf_counter()
+
+    def description(self) -> dict:
+        """What the rows assume, for run.json."""
+        return {"parameters": self.parameters, "flops_per_token": self.flops_per_token, "hardware_flops_per_token": self.hardware_flops_per_token,
+                "device_name": self.device_name, "peak_flops_per_gpu": self.peak_flops, "world_size": self.world}
+
+    def row(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict:
+        """One optimizer step, ``step`` counted from 1; seconds are wall-clock of that step, without evaluation."""
+        tokens_per_second = self.tokens_per_step / step_seconds
+        per_gpu = tokens_per_second / self.world
+        return {
+            "step": step,
+            "tokens": step * self.tokens_per_step,
+            "flops": step * self.tokens_per_step * self.flops_per_token,
+            "elapsed_seconds": time.perf_counter() - self.started,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "lr": result.lr,
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_gpu": per_gpu,
+            "step_seconds": step_seconds,
+            "data_seconds": data_seconds,
+            "mfu": self.flops_per_token * per_gpu / self.peak_flops if self.peak_flops else None,
+            "hfu": self.hardware_flops_per_token * per_gpu / self.peak_flops if self.peak_flops else None,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process held so far: allocated on its GPU, or resident when it trains on the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
