@@ -1,8 +1,11 @@
 """Train a GPT from one YAML file:  deepspeed train.py --config configs/gpt2-124m.yaml [section.key=value ...]"""
 
 import argparse
+import contextlib
 import logging
+import sys
 import time
+import warnings
 from pathlib import Path
 
 import yaml
@@ -23,7 +26,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments, ranks = parse_arguments(), Ranks.from_environment()
-    logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
+    if not arguments.verbose:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls what torch is renaming
     with one_clear_message(ranks):
         config, notes = load_config(arguments.config, arguments.overrides, world_size=ranks.world)
         if arguments.print_config:
@@ -71,28 +76,27 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
 
     # 5. The loop.
     progress = ProgressLine(config.train.steps, every=config.tracking.log_every)
-    for step in range(1, config.train.steps + 1):
-        started = time.perf_counter()
-        micro_batches = batches.step(step - 1)
-        data_seconds = time.perf_counter() - started
-        result = train_step(engine, micro_batches, step - 1, config)
-        row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
-        if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
-            held_out = validation_batches(corpus.split("validation"), batch_size=config.train.micro_batch_size, sequences=config.eval.sequences, **shape)
-            row |= evaluate(engine, held_out, corpus.token_bytes)
-        if first:
-            recorder.record(row)
-            progress.update(row)
-    batches.close()
+    with recorder or contextlib.nullcontext(), contextlib.closing(batches):
+        for step in range(1, config.train.steps + 1):
+            started = time.perf_counter()
+            micro_batches = batches.step(step - 1)
+            data_seconds = time.perf_counter() - started
+            result = train_step(engine, micro_batches, step - 1, config)
+            row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
+            if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
+                held_out = validation_batches(corpus.split("validation"), batch_size=config.train.micro_batch_size, sequences=config.eval.sequences, **shape)
+                row |= evaluate(engine, held_out, corpus.token_bytes)
+            if first:
+                recorder.record(row)
+                progress.update(row)
 
     # 6. What it learned.
     text = sample_text(engine, tokenizer, config.sample, sequence_length=config.model.sequence_length, seed=config.run.seed)
     if first:
-        recorder.finish()
         progress.close()
         (run_dir / "sample.txt").write_text(config.sample.prompt + text, encoding="utf-8")
         print(f"\n{config.sample.prompt}{text}\n\nvalidation loss {row['val_loss']:.4f} nats per token, {row['val_bits_per_byte']:.4f} bits per byte\n"
-              f"metrics {run_dir / METRICS_FILE}")
+              f"metrics {run_dir / METRICS_FILE}", flush=True)
     leave_process_group()
 
 

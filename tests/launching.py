@@ -14,7 +14,7 @@ def deepspeed_run(program: str | Path, *arguments: str | Path, processes: int = 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", processes, "--master_port", port, program, *arguments]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", processes, "--master_port", port, program, *arguments]
     return subprocess.run(
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),

@@ -8,7 +8,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from model.gpt import GPT, IGNORED_LABEL, parameter_groups
+from model.gpt import GPT, IGNORED_LABEL, Block, parameter_groups
 from training.config import Config
 from training.schedule import learning_rate
 
@@ -57,6 +57,9 @@ def build_engine(config: Config) -> deepspeed.DeepSpeedEngine:
     torch.manual_seed(config.run.seed)
     with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
         model = GPT(config.model, attention_backend=config.attention.backend, activation_checkpointing=config.train.activation_checkpointing)
+    if config.zero.stage == 3:
+        # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
+        deepspeed.utils.set_z3_leaf_modules(model, [Block])
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay),
         lr=0.0,  # train_step sets every step's rate; until then a step, such as DeepSpeed's below, must change nothing

@@ -1,0 +1,112 @@
+"""train.py as users run it: the launcher, two processes, a YAML file, and what is left behind."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.launching import deepspeed_run
+from training.corpus import write_corpus
+from training.tokenizers import load_tokenizer
+
+TEXT = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 40
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "sonnet"
+    write_corpus(folder, tokenizer=load_tokenizer("bytes"), splits={"train": [TEXT] * 4, "validation": [TEXT]}, provenance={})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory, corpus):
+    folder = tmp_path_factory.mktemp("configs")
+    (folder / "tiny.yaml").write_text(f"""
+run: {{output_dir: {folder}/runs}}
+model: {{layers: 2, hidden_size: 64, heads: 2, vocab_size: 257, sequence_length: 64, dropout: 0.1}}
+data: {{corpus: {corpus}}}
+train: {{steps: 25, global_batch_size: 16, gradient_accumulation_steps: 2, precision: fp32, activation_checkpointing: full}}
+optimizer: {{lr: 1e-2, warmup_steps: 2}}
+eval: {{every: 10, sequences: null}}
+sample: {{prompt: "Shall", tokens: 20}}
+tracking: {{log_every: 5, project: test}}
+""")
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished(run_file):
+    done = deepspeed_run("train.py", "--config", run_file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_a_run_learns_and_leaves_one_row_a_step(finished, run_file, corpus):
+    run_dir = run_file.parent / "runs" / "tiny"
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 26))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 1.5
+    assert [row["step"] for row in rows if "val_loss" in row] == [10, 20, 25]
+    assert rows[-1]["tokens"] == 25 * 16 * 64
+    for row in rows:
+        assert row["tokens_per_second"] == pytest.approx(16 * 64 / row["step_seconds"])
+        assert row["tokens_per_second_per_gpu"] == pytest.approx(row["tokens_per_second"] / 2)
+        assert row["grad_norm"] > 0 and row["peak_memory_bytes"] > 1e8 and 0 <= row["data_seconds"] <= row["step_seconds"]
+        assert row["mfu"] is None and row["hfu"] is None
+    assert rows[0]["lr"] == pytest.approx(5e-3) and rows[2]["lr"] == pytest.approx(1e-2) and rows[-1]["lr"] == pytest.approx(6e-5)
+    described = json.loads((run_dir / "run.json").read_text())
+    assert described["corpus_sha256"] == json.loads((corpus / "manifest.json").read_text())["corpus_sha256"]
+    assert described["config"]["attention"]["backend"] == "sdpa"
+    assert described["deepspeed_config"]["zero_optimization"]["stage"] == 3
+    assert described["world_size"] == 2
+    assert (run_dir / "sample.txt").read_text().startswith("Shall")
+    assert list((run_dir / "wandb").glob("offline-run-*")), "tracking.wandb is offline by default"
+
+
+def test_rank_0_alone_speaks_and_says_little(finished):
+    lines = [line for line in finished.stdout.splitlines() if line]
+    assert [line.split()[0] for line in lines[:6]] == ["wandb", "attention.backend:", "model", "data", "batch", "device"]
+    assert len([line for line in lines if re.match(r"step +\d+/25 \| loss ", line)]) == 6
+    assert len([line for line in lines if "validation loss" in line]) == 4
+    assert lines[-1].startswith("metrics ") and lines[-2].startswith("validation loss ")
+    assert len(lines) < 25
+    assert finished.stderr == ""
+
+
+def test_a_finished_run_is_not_overwritten(finished, run_file):
+    before = (run_file.parent / "runs/tiny/metrics.jsonl").read_text()
+    done = deepspeed_run("train.py", "--config", run_file)
+    assert done.returncode == 2
+    assert done.stderr.count("already holds the metrics of a run") == 1
+    assert (run_file.parent / "runs/tiny/metrics.jsonl").read_text() == before
+
+
+def test_faults_in_the_configuration_are_told_once_with_exit_code_2(run_file):
+    done = deepspeed_run("train.py", "--config", run_file, "train.stepz=3", "attention.backend=magic", "model.layers=0")
+    assert done.returncode == 2
+    assert done.stderr.count("2 faults in the configuration") == 1
+    assert "nearest valid one is train.steps" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_altered_shard_is_named_before_the_first_step(run_file, corpus, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(corpus, damaged)
+    with open(damaged / "train_00000.bin", "r+b") as shard:
+        shard.seek(100)
+        shard.write(b"\x07")
+    done = deepspeed_run("train.py", "--config", run_file, f"data.corpus={damaged}", "run.name=damaged")
+    assert done.returncode == 2
+    assert done.stderr.count(f"{damaged}/train_00000.bin: altered since it was prepared") == 1
+    assert "Traceback" not in done.stderr and "step" not in done.stdout
+
+
+def test_print_config_shows_the_resolved_yaml(run_file):
+    done = subprocess.run([sys.executable, "train.py", "--config", run_file, "--print-config", "model.layers=3"], capture_output=True, text=True, check=True)
+    shown = yaml.safe_load(done.stdout)
+    assert shown["model"]["layers"] == 3 and shown["model"]["head_dim"] == 32
+    assert shown["run"]["name"] == "tiny" and shown["train"]["micro_batch_size"] == 8
