@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The test suite, in .venv, which is made first where it is missing:
+#
+#     bash scripts/test.sh [pytest arguments]
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/launch/install.sh"
+source "$root/launch/environment.sh"
+
+# The stamp lies in .venv and so is gone whenever that is made anew.
+if ! cmp -s requirements-test.txt .venv/test-stamp; then
+    python -m pip install -qq --disable-pip-version-check --no-input -c .venv/constraints.txt -r requirements-test.txt
+    cp requirements-test.txt .venv/test-stamp
+fi
+exec python -m pytest --durations=10 "$@"
