@@ -28,7 +28,7 @@ def main() -> None:
     arguments, ranks = parse_arguments(), Ranks.from_environment()
     logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     if not arguments.verbose:
-        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls what torch is renaming
+        warnings.filterwarnings("ignore", module="torch.distributed")  # of DeepSpeed's calls: names torch is changing, devices it infers
     with one_clear_message(ranks):
         config, notes = load_config(arguments.config, arguments.overrides, world_size=ranks.world)
         if arguments.print_config:
@@ -39,14 +39,6 @@ def main() -> None:
 
 
 def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> None:
-    # Imported here, so that a fault in the configuration is told before ten seconds of imports.
-    from training.batches import TrainingBatches, validation_batches
-    from training.engine import build_engine, deepspeed_config, train_step
-    from training.evaluation import evaluate, sample_text
-    from training.metering import Meter
-    from training.tokenizers import load_tokenizer
-    from training.tracking import METRICS_FILE, ProgressLine, collect_environment
-
     # 1. The processes find each other.
     first = ranks.rank == 0
     run_dir = Path(config.run.output_dir, config.run.name)
@@ -54,6 +46,14 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     deepspeed_log = None if verbose else run_dir / f"deepspeed-{ranks.rank}.log"
     with output_to(deepspeed_log):
         join_process_group()
+
+    # Imported late, so that a fault in the configuration is told at once, and DeepSpeed's remarks on the machine go to its log.
+    from training.batches import TrainingBatches, validation_batches
+    from training.engine import build_engine, deepspeed_config, train_step
+    from training.evaluation import evaluate, sample_text
+    from training.metering import Meter
+    from training.tokenizers import load_tokenizer
+    from training.tracking import METRICS_FILE, ProgressLine, collect_environment
 
     # 2. The data, checked whole before the first step: one process a host reads every byte.
     corpus = together(lambda: open_corpus(config, verify=ranks.local_rank == 0))

@@ -31,8 +31,8 @@ def attention(
     -inf and zero gradients. scale: above 0; default head_dim ** -0.5. backend: a name in `backends.BACKENDS`, or "auto" (see `choose`).
 
     Returns the output [batch, seq_q, heads, head_dim] in q's dtype; with return_lse also the natural log-sum-exp of the scaled scores
-    [batch, heads, seq_q], float32 (float64 for float64 inputs), differentiable too. ValueError when shapes do not fit together or the backend cannot do what
-    is asked.
+    [batch, heads, seq_q], float32 (float64 for float64 inputs), differentiable too. ValueError when shapes do not fit together or the
+    backend cannot do what is asked.
     """
     _check_shapes(q, k, v)
     head_dim = q.shape[3]
@@ -43,7 +43,7 @@ def attention(
         device_type=q.device.type,
         dtype=q.dtype,
         head_dim=head_dim,
-        compute_capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
+        compute_capability=_compute_capability(q.device),
         grouped=q.shape[2] != k.shape[2],
         unequal_causal=causal and q.shape[1] != k.shape[1],
         return_lse=return_lse,
@@ -56,6 +56,13 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+def _compute_capability(device):
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)  # torch.compile folds this call, and not get_device_capability
+    return properties.major, properties.minor
+
+
 def _check_shapes(q, k, v):
     shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -65,9 +72,8 @@ def _check_shapes(q, k, v):
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: the number of query heads must be a multiple of the number of key heads, got {shapes}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        raise ValueError(
-            f"attention: q, k and v must share dtype and device, got {q.dtype} on {q.device}, {k.dtype} on {k.device}, {v.dtype} on {v.device}"
-        )
+        got = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"attention: q, k and v must share dtype and device, got {got}")
 
 
 def _triton(q, k, v, *, causal, scale, return_lse):

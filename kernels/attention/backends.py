@@ -1,4 +1,4 @@
-"""Which backend computes what: a table, the refusals that follow from it, what "auto" chooses; and PyTorch's own kernels behind our signature."""
+"""Which backend computes what: a table, refusals that follow from it, what "auto" chooses; PyTorch's kernels under our signature."""
 
 import importlib.util
 import os
@@ -69,7 +69,9 @@ def unsupported(
     return f"attention.backend={backend} {need}; " + (f"use {' or '.join(remedies)}" if remedies else "no other backend can do this either")
 
 
-def choose(*, device_type: str, dtype: torch.dtype, head_dim: int, compute_capability: tuple[int, int] | None = None, **asked: bool) -> tuple[str, str]:
+def choose(
+    *, device_type: str, dtype: torch.dtype, head_dim: int, compute_capability: tuple[int, int] | None = None, **asked: bool
+) -> tuple[str, str]:
     """What "auto" means: (backend, why). Arguments as in `unsupported`. ValueError when no backend can do it."""
     asked = dict(device_type=device_type, dtype=dtype, head_dim=head_dim, compute_capability=compute_capability, **asked)
     not_triton = "triton is for GPUs" if device_type == "cpu" else unsupported("triton", **asked)

@@ -1,6 +1,7 @@
 """A repair to Triton's CPU interpreter, imported under TRITON_INTERPRET=1 only.
 
-Triton 3.6 turns a loop bound, an array of one element, into an int in a way that numpy 2.4 and later refuse (triton issue 9171, fixed after 3.6).
+Triton 3.6 turns a loop bound, an array of one element, into an int in a way that numpy 2.4 and later refuse (triton issue 9171, fixed
+after 3.6).
 """
 
 from triton.runtime import interpreter

@@ -12,7 +12,7 @@ TILE = 128  # queries, and keys, per tile: memory beyond inputs and outputs is O
 
 
 def eager(q, k, v, *, causal: bool, scale: float, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Standard attention, O = softmax(scale Q K^T) V; stores all seq_q x seq_k scores. Shapes as in `attention`; softmax in float32 at least."""
+    """Standard attention, O = softmax(scale Q K^T) V; stores all scores, softmax in float32 at least. Shapes as in `attention`."""
     seq_q, seq_k, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
@@ -52,8 +52,8 @@ class _Tiled(torch.autograd.Function):
 
 def _tiled_forward(q, k, v, causal, scale):
     """FlashAttention-2, Algorithm 1. The line numbers in the comments are the paper's."""
-    out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=_accumulator(q.dtype))
-    kv_heads, seq_q, seq_k = k.shape[2], q.shape[1], k.shape[1]
+    (batch, seq_q, heads, _), (seq_k, kv_heads) = q.shape, k.shape[1:3]
+    out, lse = q.new_empty(q.shape), q.new_empty(batch, heads, seq_q, dtype=_accumulator(q.dtype))
     q, o, k, v = (_by_group(x, kv_heads) for x in (q, out, k, v))
     lse_rows = lse.unflatten(1, (kv_heads, -1)).unsqueeze(-1)
 
@@ -111,7 +111,10 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _by_group(x, kv_heads):
-    """[batch, seq, heads, head_dim] as [batch, kv_heads, heads / kv_heads, seq, head_dim], a view: keys broadcast over the queries' third dimension."""
+    """[batch, seq, heads, head_dim] as [batch, kv_heads, heads / kv_heads, seq, head_dim], a view.
+
+    Keys have 1 in the third dimension, and broadcast over the query heads that share them.
+    """
     return x.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)
 
 

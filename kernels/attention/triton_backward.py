@@ -1,9 +1,8 @@
-"""FlashAttention-2 backward in portable Triton, by recomputation of the probabilities: `recipe::attention_backward`. `reference.tiled` is its
-specification.
+"""FlashAttention-2 backward in portable Triton: `recipe::attention_backward`. `reference.tiled` is its specification.
 
-Three kernels, no atomics, so the same bits every time: the rows' log-sum-exp and delta; dK and dV, a program per key tile; dQ, a program per
-query tile. Names carry their shape: M queries of a tile, N keys of a tile, D head_dim. The key kernel computes S and dP transposed, [N, M],
-so that P and dS are left operands as they stand.
+Three kernels, no atomics, so the same bits every time: the rows' log-sum-exp and delta; dK and dV, a program per key tile; dQ, a program
+per query tile. Names carry their shape: M queries of a tile, N keys of a tile, D head_dim. The key kernel computes S and dP transposed,
+[N, M], so that P and dS are left operands as they stand.
 """
 
 import torch
@@ -49,7 +48,8 @@ def _load_per_query(base, query_M, seq_q, CHECK: tl.constexpr):
 
 @triton.jit
 def _add_queries(
-    dk_ND, dv_ND, k_ND, v_ND, q_base, dout_base, lse_base, delta_base, q_stride, dout_stride, first_key, start, stop, seq_q, seq_k, scale_log2,
+    dk_ND, dv_ND, k_ND, v_ND, q_base, dout_base, lse_base, delta_base, q_stride, dout_stride,
+    first_key, start, stop, seq_q, seq_k, scale_log2,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -21,26 +21,28 @@ LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def load_rows(base, row_stride, first_row, rows, head_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr):
-    """Rows first_row .. first_row + ROWS of a [rows, head_dim] matrix, zeros outside it; the tile's own offset is 64-bit, offsets inside it 32-bit."""
+def load_rows(
+    base, row_stride, first_row, rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr
+):  # fmt: skip
+    """Rows first_row .. first_row + ROWS of a [rows, HEAD_DIM] matrix, zeros outside it; 64-bit offset to the tile, 32-bit inside it."""
     row = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     pointers = base + first_row.to(tl.int64) * row_stride + row[:, None] * row_stride + d[None, :]
-    if CHECK_ROWS and BLOCK_D > head_dim:
-        return tl.load(pointers, mask=(first_row + row < rows)[:, None] & (d < head_dim)[None, :], other=0.0)
+    if CHECK_ROWS and BLOCK_D > HEAD_DIM:
+        return tl.load(pointers, mask=(first_row + row < rows)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     if CHECK_ROWS:
         return tl.load(pointers, mask=(first_row + row < rows)[:, None], other=0.0)
-    if BLOCK_D > head_dim:
-        return tl.load(pointers, mask=(d < head_dim)[None, :], other=0.0)
+    if BLOCK_D > HEAD_DIM:
+        return tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
     return tl.load(pointers)
 
 
 @triton.jit
-def store_rows(base, row_stride, first_row, rows, x, head_dim: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_rows(base, row_stride, first_row, rows, x, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.arange(0, ROWS)
     d = tl.arange(0, BLOCK_D)
     pointers = base + first_row.to(tl.int64) * row_stride + row[:, None] * row_stride + d[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=(first_row + row < rows)[:, None] & (d < head_dim)[None, :])
+    tl.store(pointers, x.to(base.dtype.element_ty), mask=(first_row + row < rows)[:, None] & (d < HEAD_DIM)[None, :])
 
 
 @triton.jit
@@ -139,8 +141,8 @@ def forward_kernel(
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
-    """The kernels read rows of consecutive elements, at any stride from one another."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """The kernels read rows of consecutive elements, at any stride that keeps offsets inside a tile (at most 256 rows) in 32 bits."""
+    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // 256 else x.contiguous()
 
 
 def strides(x: torch.Tensor) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""Tile sizes: a checked-in table, GPU generation x pass x dtype x head_dim; nothing is tuned at run time, so every rank runs the same kernel."""
+"""Tile sizes: a checked-in table, GPU generation x pass x dtype x head_dim. No tuning at run time, so every rank runs the same kernel."""
 
 from typing import NamedTuple
 

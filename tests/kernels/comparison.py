@@ -50,8 +50,8 @@ def run(backend: str, case: Case, q, k, v, dout, dlse=None) -> dict[str, torch.T
     return results if lse is None else results | {"lse": lse}
 
 
-def check(backend: str, case: Case, *, with_lse: bool = False, tensors=None) -> None:
-    """error(backend) <= 2 * error(PyTorch in this dtype), in every tensor, over the rows of `tensors` (default: fresh ones).
+def check(backend: str, case: Case, *, with_lse: bool = False, tensors=None, times: float = 2) -> None:
+    """error(backend) <= times * error(PyTorch in this dtype), in every tensor, for `tensors` (default: fresh ones).
 
     The floor covers what both round alike (the result, half a unit in the last place) and float32 sums in another order.
     """
@@ -63,12 +63,12 @@ def check(backend: str, case: Case, *, with_lse: bool = False, tensors=None) -> 
     exact = run("eager", case, *(x.double() for x in (*inputs, *gradients)))
     for name, expected in exact.items():
         got, beside = ours[name], pytorch[name]
-        assert got.shape == expected.shape and got.dtype == beside.dtype, f"{name}: {got.shape} {got.dtype}, expected {expected.shape} {beside.dtype}"
+        assert (got.shape, got.dtype) == (expected.shape, beside.dtype), f"{backend} {case}: {name} is {got.shape} {got.dtype}"
         if not expected.numel():
             continue
         finite = expected.isfinite()
         assert torch.equal(got.isfinite(), finite), f"{backend} {case}: {name} is not finite where it should be, or the reverse"
         error, error_beside = ((x.double() - expected)[finite].abs().amax().item() if finite.any() else 0.0 for x in (got, beside))
         largest = expected[finite].abs().amax().item() if finite.any() else 0.0
-        allowed = 2 * error_beside + largest * torch.finfo(got.dtype).eps / 4 + 1e-5
+        allowed = times * error_beside + largest * torch.finfo(got.dtype).eps / 4 + 1e-5
         assert error <= allowed, f"{backend} {case}: error of {name} {error:.3g}, PyTorch's {error_beside:.3g}, allowed {allowed:.3g}"

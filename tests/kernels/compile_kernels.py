@@ -1,6 +1,9 @@
 """Compiles the attention kernels for GPUs that need not be present, as `attention` would launch them, and prints one JSON line for each.
 
-python tests/kernels/compile_kernels.py ARCH DTYPE HEAD_DIM CAUSAL EVEN ...    (a program of its own: it needs Triton without TRITON_INTERPRET)
+    python tests/kernels/compile_kernels.py sm_90,bfloat16,64,causal,even ...
+
+A program of its own: it needs Triton without TRITON_INTERPRET. A case is architecture, dtype (float32 computes exact products, tfloat32
+the same tensors with TF32 products), head_dim, causal or full, and lengths that are even (multiples of the tile) or odd.
 """
 
 import json
@@ -33,28 +36,29 @@ def compile_kernel(kernel, arch: str, dtype: torch.dtype, constants: dict, warps
             signature[name] = "constexpr"
             continue
         pointer = name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", *FLOAT32_POINTERS)
-        signature[name] = f"*{'fp32' if name in FLOAT32_POINTERS else TYPES[dtype]}" if pointer else "fp32" if name in FLOATS else "i32"
+        element = "fp32" if name in (*FLOAT32_POINTERS, *FLOATS) else TYPES[dtype] if pointer else "i32"
+        signature[name] = f"*{element}" if pointer else element
         if pointer or name.endswith(("_batch", "_row", "_head")) or (name.startswith("seq") and constants.get("EVEN_M")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32), options=dict(num_warps=warps, num_stages=stages))
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
 
 
-def compile_all(arch: str, dtype: torch.dtype, head_dim: int, causal: bool, even: bool, group: int = 1):
+def compile_all(arch: str, dtype: torch.dtype, precision: str, head_dim: int, causal: bool, even: bool):
     """Yields (pass, tile, compiled kernel) for the four kernels."""
     block_d = triton.next_power_of_2(head_dim)
     common = dict(HEAD_DIM=head_dim, BLOCK_D=block_d)
     yield "rows", None, compile_kernel(row_kernel, arch, dtype, dict(**common, BLOCK_M=ROWS_PER_PROGRAM, dlse=None), 4, 3)
     for which, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel)):
         tile = tuning.tile_for(arch, which, dtype, head_dim)
-        precision = "ieee" if dtype is torch.float32 else "tf32"
-        constants = dict(GROUP=group, BLOCK_M=tile.queries, BLOCK_N=tile.keys, CAUSAL=causal, EVEN_M=even, EVEN_N=even, PRECISION=precision, **common)
+        constants = common | dict(BLOCK_M=tile.queries, BLOCK_N=tile.keys, GROUP=1, CAUSAL=causal, PRECISION=precision)
+        constants |= dict(EVEN_M=even, EVEN_N=even)
         yield which, tile, compile_kernel(kernel, arch, dtype, constants, tile.warps, tile.stages)
 
 
 def resources(compiled) -> dict[str, int]:
-    """Registers a thread and bytes of local memory (spills), as ptxas assigned them; Hopper's matrix instructions and the waits for them; shared
-    memory a block, as Triton asks for it."""
+    """Registers and bytes of local memory (spills) a thread, bytes of shared memory a block, Hopper's matrix products and waits."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -70,5 +74,7 @@ def resources(compiled) -> dict[str, int]:
 if __name__ == "__main__":
     for case in sys.argv[1:]:
         arch, dtype, head_dim, causal, even = case.split(",")
-        for which, tile, compiled in compile_all(arch, getattr(torch, dtype), int(head_dim), causal == "causal", even == "even"):
+        precision = "ieee" if dtype == "float32" else "tf32"
+        dtype = getattr(torch, dtype.replace("tfloat", "float"))
+        for which, tile, compiled in compile_all(arch, dtype, precision, int(head_dim), causal == "causal", even == "even"):
             print(json.dumps(dict(case=case, which=which, tile=tile, **resources(compiled))), flush=True)

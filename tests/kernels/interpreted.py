@@ -25,17 +25,17 @@ def test_head_dims(head_dim, dtype):
     check("triton", Case(49, 49, head_dim=head_dim, dtype=dtype))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (6, 2), (3, 1)])
+@pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (3, 1)])
 def test_grouped_and_multi_query_heads(heads, kv_heads):
-    check("triton", Case(50, 50, heads=heads, kv_heads=kv_heads, batch=2, head_dim=24, scale=0.5))
+    check("triton", Case(33, 33, heads=heads, kv_heads=kv_heads, batch=2, head_dim=24, scale=0.5))
 
 
 def packed_case(seq, dtype=torch.float32):
     """q, k and v as slices of one projection: rows lie heads * head_dim apart from what a dense tensor would say."""
-    case = Case(seq, seq, heads=4, kv_heads=2, batch=2, dtype=dtype)
+    case = Case(seq, seq, heads=2, kv_heads=1, batch=2, dtype=dtype)
     *_, dout, dlse = case.tensors(fresh_seed())
-    packed = torch.randn(2, seq, 8, 16).to(dtype)
-    return case, (*packed.split([4, 2, 2], dim=2), dout, dlse)
+    packed = torch.randn(2, seq, 4, 16).to(dtype)
+    return case, (*packed.split([2, 1, 1], dim=2), dout, dlse)
 
 
 def test_slices_of_a_packed_projection():
@@ -67,7 +67,7 @@ def test_scores_far_from_zero_do_not_overflow():
 
 
 def test_the_same_bits_every_time():
-    case = Case(50, 50, heads=4, kv_heads=2, dtype=torch.float16)
+    case = Case(40, 40, heads=2, kv_heads=1, dtype=torch.float16)
     q, k, v, dout, _ = case.tensors(fresh_seed())
     first, second = (run("triton", case, q, k, v, dout) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -80,7 +80,8 @@ def test_opcheck(packed):
     out, lse = attention_forward(q, k, v, True, 0.25)
     torch.library.opcheck(attention_forward, tuple(x.detach().requires_grad_() for x in (q, k, v)) + (True, 0.25))
     for gradient in (dlse, None):
-        torch.library.opcheck(attention_backward, (dout, gradient, q, k, v, out, lse, True, 0.25), test_utils=("test_schema", "test_faketensor"))
+        arguments = (dout, gradient, q, k, v, out, lse, True, 0.25)
+        torch.library.opcheck(attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_a_graph_break():

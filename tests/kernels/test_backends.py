@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from kernels.attention import BACKENDS, attention, choose, unsupported
 
+ROOT = Path(__file__).parents[2]
 H100 = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, compute_capability=(9, 0))
 CPU = dict(device_type="cpu", dtype=torch.float32, head_dim=64)
 
@@ -29,7 +31,7 @@ def test_auto_takes_a_backend_that_returns_the_log_sum_exp_when_that_is_asked():
 @pytest.mark.parametrize(
     "backend, asked, reason",
     [
-        ("sdpa_flash", H100 | dict(dtype=torch.float32), "attention.backend=sdpa_flash needs float16 or bfloat16, not float32; use triton or sdpa"),
+        ("sdpa_flash", H100 | dict(dtype=torch.float32), "sdpa_flash needs float16 or bfloat16, not float32; use triton or sdpa"),
         ("sdpa_flash", CPU, "attention.backend=sdpa_flash runs on cuda, not on cpu; use sdpa or tiled"),
         ("sdpa_cudnn", H100 | dict(head_dim=256), "needs head_dim from 8 to 128, a multiple of 8, not 256"),
         ("sdpa_cudnn", H100 | dict(unequal_causal=True), "needs queries and keys of the same length when causal"),
@@ -87,8 +89,14 @@ def test_mixed_dtypes_and_a_scale_of_zero_are_refused():
 
 
 def test_triton_is_not_imported_before_it_is_used():
-    program = "import sys, torch; from kernels.attention import attention; x = torch.zeros(1, 2, 1, 16); attention(x, x, x); sys.exit('kernels.attention.triton_forward' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+    program = """if True:
+        import sys, torch
+        from kernels.attention import attention
+        x = torch.zeros(1, 2, 1, 16)
+        attention(x, x, x)
+        assert "kernels.attention.triton_forward" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_a_missing_triton_is_named(monkeypatch):

@@ -42,7 +42,9 @@ def test_eager_is_the_definition(seq_q, seq_k, causal):
 @pytest.mark.parametrize("backend", ["tiled", "sdpa"])
 @pytest.mark.parametrize("seq_q, seq_k", LENGTHS)
 def test_backend_against_float64(backend, seq_q, seq_k, dtype, causal):
-    check(backend, Case(seq_q, seq_k, heads=4, kv_heads=2, head_dim=40, causal=causal, dtype=dtype), with_lse=backend == "tiled")
+    case = Case(seq_q, seq_k, heads=4, kv_heads=2, head_dim=40, causal=causal, dtype=dtype)
+    # PyTorch's own kernel is here for what we pass it; over a few rows its CPU version can be 4 times less exact than plain PyTorch.
+    check(backend, case, with_lse=backend == "tiled", times=8 if backend == "sdpa" else 2)
 
 
 @pytest.mark.parametrize("causal", [True, False])

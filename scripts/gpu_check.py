@@ -1,0 +1,193 @@
+"""What only a GPU can check, in at most five minutes: every GPU test, kernel times beside PyTorch's, a short training run; one JSON out.
+
+    bash scripts/gpu_check.sh [OUT.json]
+
+Exit code 0: all passed; 1: something failed; 2: no GPU here.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUTS = {"tests": 180, "kernel_times": 60, "training": 60}  # seconds, together five minutes
+
+TOKENS, HIDDEN = 16384, 2048  # batch * seq and heads * head_dim of every timed case
+BACKENDS = ("triton", "sdpa_flash", "sdpa_cudnn")
+ROUNDS = 3
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "runs/gpu_check.json", metavar="OUT.json")
+    parser.add_argument("--kernel-times", action="store_true", help=argparse.SUPPRESS)  # this program's own second step
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_check: torch sees no CUDA GPU here; run it on a machine that has one", file=sys.stderr)
+        return 2
+    if options.kernel_times:
+        options.out.write_text(json.dumps(time_kernels()))
+        return 0
+    result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **environment()}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, step in (("tests", run_tests), ("kernel_times", run_kernel_times), ("training", run_training)):
+            print(f"gpu_check: {name} ...", flush=True)
+            start = time.monotonic()
+            result[name] = step(Path(folder), start + TIMEOUTS[name])
+            result[name]["seconds"] = round(time.monotonic() - start, 1)
+    result["passed"] = all(result[name]["passed"] for name in TIMEOUTS)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(summary(result), f"written to {options.out}", sep="\n")
+    return 0 if result["passed"] else 1
+
+
+def environment() -> dict:
+    import triton
+
+    def git(*arguments):
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+        },
+        "git_sha": git("rev-parse", "HEAD"),
+        "git_changes": bool(git("status", "--porcelain")),
+    }
+
+
+def command(arguments: list, deadline: float) -> tuple[int | str, str]:
+    """Exit code ("timeout" past the deadline) and the output's end."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    process = subprocess.Popen(
+        list(map(str, arguments)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
+        return process.returncode, output[-4000:]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # the launcher's children too
+        return "timeout", process.communicate()[0][-4000:]
+
+
+def run_tests(folder: Path, deadline: float) -> dict:
+    report = folder / "tests.xml"
+    code, output = command([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", f"--junitxml={report}"], deadline)
+    if code not in (0, 1) or not report.exists():
+        return {"passed": False, "exit_code": code, "output": output}
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
+    failures = [
+        {"test": f"{case.get('classname')}::{case.get('name')}", "message": (problem.get("message") or "")[:500]}
+        for case in suite.iter("testcase")
+        for problem in case
+        if problem.tag in ("failure", "error")
+    ]
+    return {"passed": code == 0 and counts["tests"] > counts["skipped"], **counts, "failed": failures}
+
+
+def run_kernel_times(folder: Path, deadline: float) -> dict:
+    report = folder / "times.json"
+    code, output = command([sys.executable, __file__, "--kernel-times", report], deadline)
+    if code != 0:
+        return {"passed": False, "exit_code": code, "output": output}
+    return {"passed": True, "unit": "TFLOP/s", "rows": json.loads(report.read_text())}
+
+
+def time_kernels() -> list[dict]:
+    """Medians of interleaved rounds; FLOPs are 4 batch heads seq^2 head_dim forward, 2.5 times that backward, half of both if causal."""
+    rows = []
+    for head_dim in (64, 128):
+        for causal in (True, False):
+            for seq in (1024, 4096, 16384):
+                row = {"head_dim": head_dim, "causal": causal, "seq": seq, "batch": TOKENS // seq, "heads": HIDDEN // head_dim}
+                flops = 4 * TOKENS * seq * HIDDEN / (2 if causal else 1)
+                for name, milliseconds in time_case(**row).items():
+                    row[name] = {"forward": flops / milliseconds["forward"] / 1e9, "backward": 2.5 * flops / milliseconds["backward"] / 1e9}
+                rows.append(row)
+    return rows
+
+
+def time_case(head_dim: int, causal: bool, seq: int, batch: int, heads: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of each backend that can do it, bfloat16."""
+    from triton.testing import do_bench
+
+    from kernels.attention import attention, unsupported
+
+    q, k, v = (torch.randn(batch, seq, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
+    dout = torch.randn_like(q)
+    asked = dict(device_type="cuda", dtype=q.dtype, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability())
+    measured = {name: {"forward": [], "backward": []} for name in BACKENDS if unsupported(name, **asked) is None}
+    for _ in range(ROUNDS):
+        for name, times in measured.items():
+
+            def forward(backend=name):
+                return attention(q, k, v, causal=causal, backend=backend)
+
+            def backward(out=forward()):
+                return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+            times["forward"].append(do_bench(forward, warmup=10, rep=40, return_mode="median"))
+            times["backward"].append(do_bench(backward, warmup=10, rep=60, return_mode="median"))
+    return {name: {which: median(rounds) for which, rounds in times.items()} for name, times in measured.items()}
+
+
+def run_training(folder: Path, deadline: float) -> dict:
+    """Thirty steps through the launcher on our kernel: it must end well and have learnt something."""
+    corpus, runs = folder / "corpus", folder / "runs"
+    prepare = [sys.executable, "scripts/prepare_data.py", "--source", "shakespeare", "--tokenizer", "bytes", "--out", corpus]
+    train = [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1",
+        "train.py", "--config", "configs/quickstart.yaml", "train.steps=30", "train.precision=bf16", "attention.backend=triton",
+        f"data.corpus={corpus}", f"run.output_dir={runs}", "tracking.wandb=disabled",
+    ]  # fmt: skip
+    for arguments in (prepare, train):
+        code, output = command(arguments, deadline)
+        if code != 0:
+            return {"passed": False, "command": " ".join(map(str, arguments)), "exit_code": code, "output": output}
+    rows = [json.loads(line) for path in runs.rglob("metrics.jsonl") for line in path.read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return {"passed": len(losses) == 30 and losses[-1] < losses[0], "first_loss": losses[0], "last_loss": losses[-1], "last_row": rows[-1]}
+
+
+def summary(result: dict) -> str:
+    """The result as a short table."""
+    tests, times, training = result["tests"], result["kernel_times"], result["training"]
+    lines = [f"{result['gpu']}, torch {result['versions']['torch']}, triton {result['versions']['triton']}, git {result['git_sha']}"]
+    for name in TIMEOUTS:
+        lines.append(f"{'passed' if result[name]['passed'] else 'FAILED'}  {name:12} {result[name]['seconds']:6.1f} s")
+    if "tests" in tests:
+        lines.append(f"tests: {tests['tests']} run, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped")
+        lines += [f"  {failure['test']}: {failure['message'].splitlines()[0] if failure['message'] else ''}" for failure in tests["failed"]]
+    if "first_loss" in training:
+        lines.append(f"training: loss {training['first_loss']:.3f} -> {training['last_loss']:.3f}")
+    lines += [step["output"] for step in (tests, times, training) if "output" in step]
+    if "rows" in times:
+        lines.append("TFLOP/s forward/backward, bf16      " + "".join(f"{name:>14}" for name in BACKENDS))
+        for row in times["rows"]:
+            cells = (f"{row[name]['forward']:.0f}/{row[name]['backward']:.0f}" if name in row else "-" for name in BACKENDS)
+            mask = "causal" if row["causal"] else "full"
+            lines.append(f"  head_dim {row['head_dim']:>3}  {mask:6}  seq {row['seq']:>5}     " + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can check, in at most five minutes: every GPU test, kernel times beside PyTorch's, a short training run.
+#   bash scripts/gpu_check.sh [OUT.json]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ -x .venv/bin/python ]]; then PATH="$PWD/.venv/bin:$PATH"; fi
+exec python scripts/gpu_check.py "$@"

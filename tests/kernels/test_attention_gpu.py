@@ -1,0 +1,135 @@
+"""Attention on a GPU: sizes, dtypes and backends that the CPU tests cannot reach. Few compiled variants: each costs seconds."""
+
+import pytest
+import torch
+from comparison import Case, check, fresh_seed, run
+
+from kernels.attention import BACKENDS, attention, choose, unsupported
+
+pytestmark = pytest.mark.gpu
+
+HALVES = [torch.bfloat16, torch.float16]
+HEAD_DIMS = [16, 40, 64, 80, 96, 128, 192, 256]
+
+
+def gpu_case(seq_q, seq_k, **options) -> Case:
+    return Case(seq_q, seq_k, device="cuda", **{"dtype": torch.bfloat16, "heads": 4, "kv_heads": 2, "head_dim": 64, **options})
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_head_dims(head_dim):
+    check("triton", gpu_case(1000, 1000, head_dim=head_dim), with_lse=True)
+    check("triton", gpu_case(1000, 1000, head_dim=head_dim, dtype=torch.float16), with_lse=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seq", [1, 17, 128, 1000, 2048])
+def test_lengths(seq, causal):
+    check("triton", gpu_case(seq, seq, batch=2, causal=causal))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seq_q, seq_k", [(1, 1000), (300, 1000), (1000, 300)])
+def test_unequal_lengths_and_rows_that_see_nothing(seq_q, seq_k, causal):
+    check("triton", gpu_case(seq_q, seq_k, causal=causal), with_lse=True)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("precision, times", [("ieee", 2), ("tf32", 4)])  # TF32: Triton cuts the operands off where cuBLAS rounds them
+def test_float32_products_follow_torchs_setting(monkeypatch, head_dim, precision, times):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    check("triton", gpu_case(500, 500, head_dim=head_dim, dtype=torch.float32), times=times)
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2), (8, 1)])
+def test_grouped_and_multi_query_heads(heads, kv_heads):
+    check("triton", gpu_case(512, 512, heads=heads, kv_heads=kv_heads, batch=2, head_dim=128))
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("triton", "eager")])
+@pytest.mark.parametrize("seq_q, seq_k", [(512, 512), (300, 700), (700, 300)])
+def test_every_other_backend_computes_the_same_function(backend, seq_q, seq_k):
+    for kv_heads in (4, 2):
+        asked = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, compute_capability=torch.cuda.get_device_capability())
+        asked |= dict(grouped=kv_heads != 4, unequal_causal=seq_q != seq_k)
+        case = gpu_case(seq_q, seq_k, kv_heads=kv_heads)
+        if unsupported(backend, **asked):
+            with pytest.raises(ValueError, match=f"attention.backend={backend} needs"):
+                check(backend, case)
+        else:
+            check(backend, case)
+
+
+def test_auto_is_triton_and_a_packed_projection_is_not_copied():
+    batch, seq, heads, kv_heads, head_dim = 2, 1024, 8, 2, 128
+    packed = torch.randn(batch, seq, heads + 2 * kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    slices = packed.split([heads, kv_heads, kv_heads], dim=2)
+    asked = dict(device_type="cuda", dtype=packed.dtype, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability())
+    assert choose(**asked)[0] == "triton"
+    expected = attention(*(x.contiguous() for x in slices), backend="triton")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = attention(*slices)
+    peak = torch.cuda.max_memory_allocated() - before
+    assert torch.equal(out, expected)
+    assert peak <= out.nbytes + 4 * batch * heads * seq + 4096
+
+
+def test_memory_grows_linearly_with_length():
+    def peak(seq):
+        q, k, v, dout, _ = gpu_case(seq, seq).tensors(0)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run("triton", gpu_case(seq, seq), q, k, v, dout)
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(16384) <= 4.1 * peak(4096)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_same_bits_every_time(dtype):
+    case = gpu_case(2048, 2048, batch=4, dtype=dtype)
+    q, k, v, dout, _ = case.tensors(fresh_seed())
+    first, second = (run("triton", case, q, k, v, dout) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_opcheck():
+    from kernels.attention.triton_backward import attention_backward
+    from kernels.attention.triton_forward import attention_forward
+
+    q, k, v, dout, dlse = gpu_case(128, 128).tensors(fresh_seed())
+    out, lse = attention_forward(q, k, v, True, 0.125)
+    torch.library.opcheck(attention_forward, tuple(x.detach().requires_grad_() for x in (q, k, v)) + (True, 0.125))
+    torch.library.opcheck(attention_backward, (dout, dlse, q, k, v, out, lse, True, 0.125), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_compiles_without_a_graph_break(backend):
+    q, k, v, dout, _ = gpu_case(256, 256).tensors(fresh_seed())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def doubled(q, k, v):
+        return 2 * attention(q, k, v, backend=backend)
+
+    compiled = torch.compile(doubled, fullgraph=True)(*inputs)
+    expected = doubled(*inputs)
+    assert torch.equal(compiled, expected)
+    for got, wanted in zip(torch.autograd.grad(compiled, inputs, dout), torch.autograd.grad(expected, inputs, dout)):
+        assert torch.equal(got, wanted)
+
+
+def test_offsets_beyond_32_bits():
+    """Three heads of a tensor with so many that half of the rows lie past 2^31 elements (9 GB)."""
+    seq, head_dim = 2048, 64
+    many = 2**31 // (seq // 2 * head_dim)
+    large = torch.empty(1, seq, many, head_dim, device="cuda", dtype=torch.bfloat16)
+    case = gpu_case(seq, seq, heads=1, kv_heads=1, head_dim=head_dim)
+    *inputs, dout, dlse = case.tensors(fresh_seed())
+    views = []
+    for i, x in enumerate(inputs):
+        large[:, :, i : i + 1] = x
+        views.append(large[:, :, i : i + 1])
+    dense, strided = run("triton", case, *inputs, dout), run("triton", case, *views, dout)
+    assert all(torch.equal(dense[name], strided[name]) for name in dense)
