@@ -76,10 +76,9 @@ def environment() -> dict:
 
 def command(arguments: list, deadline: float) -> tuple[int | str, str]:
     """Exit code ("timeout" past the deadline) and the output's end."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    process = subprocess.Popen(
-        list(map(str, arguments)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    search_path = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+    process = subprocess.Popen(list(map(str, arguments)), cwd=ROOT, env=search_path, start_new_session=True, **pipes)
     try:
         output, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
         return process.returncode, output[-4000:]
@@ -165,7 +164,9 @@ def run_training(folder: Path, deadline: float) -> dict:
             return {"passed": False, "command": " ".join(map(str, arguments)), "exit_code": code, "output": output}
     rows = [json.loads(line) for path in runs.rglob("metrics.jsonl") for line in path.read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
-    return {"passed": len(losses) == 30 and losses[-1] < losses[0], "first_loss": losses[0], "last_loss": losses[-1], "last_row": rows[-1]}
+    if len(losses) != 30:
+        return {"passed": False, "output": f"metrics.jsonl holds {len(losses)} losses, expected 30"}
+    return {"passed": losses[-1] < losses[0], "first_loss": losses[0], "last_loss": losses[-1], "last_row": rows[-1]}
 
 
 def summary(result: dict) -> str:

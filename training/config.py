@@ -317,4 +317,4 @@ def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, st
         chosen, why = choose(**asked)
         return chosen, [f"attention.backend: auto -> {chosen} ({why})"], []
     reason = unsupported(backend, **asked)
-    return backend, [], [("attention.backend", reason)] if reason else []
+    return backend, [], [("attention.backend", reason.removeprefix("attention.backend="))] if reason else []
