@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import math
 import sys
 import time
 import warnings
@@ -11,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from training.config import Config, load_config
-from training.distributed import Ranks, join_process_group, leave_process_group, one_clear_message, output_to, together
+from training.distributed import Ranks, UserFault, agree, join_process_group, leave_process_group, one_clear_message, output_to, together
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -21,15 +22,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log and build output")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; the environment says the same
+
+    def fail(message: str) -> None:
+        raise UserFault(f"{message}\n{parser.format_usage()}")
+
+    parser.error = fail
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
-    arguments, ranks = parse_arguments(), Ranks.from_environment()
+    ranks = Ranks.from_environment()
     logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
-    if not arguments.verbose:
-        warnings.filterwarnings("ignore", module="torch.distributed")  # of DeepSpeed's calls: names torch is changing, devices it infers
     with one_clear_message(ranks):
+        arguments = parse_arguments()
+        if not arguments.verbose:
+            warnings.filterwarnings("ignore", module="torch.distributed")  # of DeepSpeed's calls: names torch is changing, devices it infers
         config, notes = load_config(arguments.config, arguments.overrides, world_size=ranks.world)
         if arguments.print_config:
             if ranks.rank == 0:
@@ -42,7 +49,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # 1. The processes find each other.
     first = ranks.rank == 0
     run_dir = Path(config.run.output_dir, config.run.name)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    make_run_dir(run_dir)
     deepspeed_log = None if verbose else run_dir / f"deepspeed-{ranks.rank}.log"
     with output_to(deepspeed_log):
         join_process_group()
@@ -55,6 +62,8 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     from training.tokenizers import load_tokenizer
     from training.tracking import METRICS_FILE, ProgressLine, collect_environment
 
+    agree("attention.backend", config.attention.backend)
+
     # 2. The data, checked whole before the first step: one process a host reads every byte.
     corpus = together(lambda: open_corpus(config, verify=ranks.local_rank == 0))
     tokenizer = load_tokenizer(corpus.tokenizer_name)
@@ -62,8 +71,8 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # 3. The record of the run: run.json, metrics.jsonl, wandb.
     meter = Meter(config, ranks.world)
     info = {"config": config.model_dump(), "deepspeed_config": deepspeed_config(config), "corpus_sha256": corpus.sha256,
-            **meter.description(), "environment": collect_environment()}
-    recorder = together(lambda: open_recorder(config, run_dir, info), here=first)
+            **meter.description()}
+    recorder = together(lambda: open_recorder(config, run_dir, {**info, "environment": collect_environment()}), here=first)
     if first:
         print("\n".join([*notes, describe(config, meter, corpus)]), flush=True)
 
@@ -82,6 +91,8 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
             result = train_step(engine, micro_batches, step - 1, config)
+            if not math.isfinite(result.loss):
+                raise UserFault(f"step {step}: the loss is {result.loss}; lower optimizer.lr or lengthen optimizer.warmup_steps")
             row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
             if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
                 held_out = validation_batches(corpus.split("validation"), batch_size=config.train.micro_batch_size, sequences=config.eval.sequences, **shape)
@@ -98,6 +109,13 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
         print(f"\n{config.sample.prompt}{text}\n\nvalidation loss {row['val_loss']:.4f} nats per token, {row['val_bits_per_byte']:.4f} bits per byte\n"
               f"metrics {run_dir / METRICS_FILE}", flush=True)
     leave_process_group()
+
+
+def make_run_dir(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserFault(f"run.output_dir: cannot make {run_dir}: {error.strerror}; choose another run.output_dir or run.name") from None
 
 
 def open_corpus(config: Config, *, verify: bool):

@@ -170,8 +170,8 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     """Parameters of a resolved architecture, counted on the meta device.
 
     Returns:
-        ``total``; ``blocks``, those inside the layers; and ``matmul``, those that multiply every token (the position table is
-        only looked up, and so is the input embedding unless it is also the head).
+        ``total``; ``matmul``, those that multiply every token (the position table is only looked up, and so is the input embedding
+        unless it is also the head); and ``recomputed``, those of the blocks that full checkpointing multiplies again.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -179,4 +179,8 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     looked_up = 0 if model.position_embedding is None else model.position_embedding.weight.numel()
     if not config.tied_embeddings:
         looked_up += model.token_embedding.weight.numel()
-    return {"total": total, "blocks": sum(p.numel() for p in model.blocks.parameters()), "matmul": total - looked_up}
+    recomputed = sum(p.numel() for p in model.blocks.parameters())
+    if config.dropout == 0:
+        # Recomputation stops at the last tensor that the backward reads, which is the last product's input, unless its dropout follows.
+        recomputed -= sum(p.numel() for block in model.blocks for p in block.ffn.down.parameters())
+    return {"total": total, "matmul": total - looked_up, "recomputed": recomputed}

@@ -105,6 +105,17 @@ def test_an_altered_shard_is_named_before_the_first_step(run_file, corpus, tmp_p
     assert "Traceback" not in done.stderr and "step" not in done.stdout
 
 
+def test_a_run_that_diverges_stops_with_one_message(run_file):
+    done = deepspeed_run("train.py", "--config", run_file, "optimizer.lr=1e9", "optimizer.warmup_steps=0", "run.name=diverged")
+    assert done.returncode == 2
+    assert len(re.findall(r"step \d+: the loss is (nan|inf); lower optimizer.lr", done.stderr)) == 1 and "Traceback" not in done.stderr
+
+
+def test_a_misspelt_option_is_told_with_the_usage():
+    done = subprocess.run([sys.executable, "train.py", "--steps", "3"], capture_output=True, text=True)
+    assert done.returncode == 2 and "usage: train.py" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_print_config_shows_the_resolved_yaml(run_file):
     done = subprocess.run([sys.executable, "train.py", "--config", run_file, "--print-config", "model.layers=3"], capture_output=True, text=True, check=True)
     shown = yaml.safe_load(done.stdout)

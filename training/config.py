@@ -6,9 +6,9 @@ Everything that is wrong is reported at once, each fault with the file and line 
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
@@ -21,13 +21,13 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RunSection(Section):
-    name: str | None = None
+    name: str | None = Field(None, pattern=r"^[^/\\]*[^/\\.][^/\\]*$")
     output_dir: str = "runs"
-    seed: NonNegativeInt = 1234
+    seed: int = Field(1234, ge=0, lt=2**62)
 
 
 class AttentionSection(Section):
@@ -51,7 +51,7 @@ class OptimizerSection(Section):
     lr: float = Field(6e-4, gt=0)
     min_lr: float = Field(6e-5, ge=0)
     warmup_steps: NonNegativeInt = 30
-    betas: list[float] = Field([0.9, 0.95], min_length=2, max_length=2)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, ge=0)
@@ -153,7 +153,8 @@ class _Tree:
             self.faults.append(f"{file}: base: the file includes itself by way of {' -> '.join(p.name for p in including)}; remove one base")
             return
         try:
-            root = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
+            text = file.read_text(encoding="utf-8")
+            root = yaml.compose(text, Loader=_Loader)
         except FileNotFoundError:
             self.faults.append(f"{file}: no such file; the shipped configurations are in configs/")
             return
@@ -167,28 +168,33 @@ class _Tree:
             return
         for key, value in root.value:
             if key.value == "base":
-                self.read(file.parent / str(value.value), (*including, file.resolve()))
-        self._walk(root, (), file)
+                if not isinstance(value, yaml.ScalarNode) or not value.value:
+                    self.faults.append(f"{file}:{key.start_mark.line + 1}: base: must be the name of one YAML file")
+                    continue
+                self.read(file.parent / value.value, (*including, file.resolve()))
+        self._merge((), root, lambda node: f"{file}:{node.start_mark.line + 1}")
 
-    def _walk(self, mapping: yaml.MappingNode, path: tuple[str, ...], file: Path) -> None:
-        seen: dict[str, int] = {}
-        for key, value in mapping.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                self.faults.append(f"{file}:{line}: {'.'.join((*path, name))}: given twice, first in line {seen[name]}; remove one")
-                continue
-            seen[name] = line
-            if not path and name == "base":
-                continue
-            if isinstance(value, yaml.MappingNode):
-                self.set((*path, name), {}, f"{file}:{line}")
-                self._walk(value, (*path, name), file)
-                continue
+    def _merge(self, path: tuple[str, ...], node: yaml.Node, place: Callable[[yaml.Node], str]) -> None:
+        """Merge what a YAML node says in at path; ``place`` tells where a node stands."""
+        if len(path) > 9:  # an alias to what encloses it has no end
+            self.faults.append(f"{place(node)}: {'.'.join(path[:2])}: nested too deeply; keys are section.key")
+            return
+        if not isinstance(node, yaml.MappingNode):
             try:
-                loader = _Loader("")
-                self.set((*path, name), loader.construct_object(value, deep=True), f"{file}:{line}")
-            except yaml.YAMLError as error:
-                self.faults.append(f"{file}:{line}: {'.'.join((*path, name))}: {' '.join(str(error).split())}")
+                self.set(path, _Loader("").construct_object(node, deep=True), place(node))
+            except (yaml.YAMLError, ValueError) as error:
+                self.faults.append(f"{place(node)}: {'.'.join(path)}: {' '.join(str(error).split())}")
+            return
+        if path:
+            self.set(path, {}, place(node))
+        seen: dict[str, str] = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name in seen:
+                self.faults.append(f"{place(key)}: {'.'.join((*path, name))}: given twice, first in {seen[name]}; remove one")
+            elif path or name != "base":
+                self._merge((*path, name), value, place)
+            seen.setdefault(name, place(key))
 
     def override(self, text: str) -> None:
         """Merge one ``key.sub=value`` of the command line in; the value is read as YAML."""
@@ -197,9 +203,11 @@ class _Tree:
             self.faults.append(f"command line: {text!r}: not of the form section.key=value")
             return
         try:
-            self.set(tuple(key.split(".")), yaml.load(value, Loader=_Loader), "command line")
+            node = yaml.compose(value, Loader=_Loader) or yaml.ScalarNode("tag:yaml.org,2002:null", "")
         except yaml.YAMLError as error:
             self.faults.append(f"command line: {key}: {' '.join(str(error).split())}")
+            return
+        self._merge(tuple(key.split(".")), node, lambda node: "command line")
 
 
 # --- Checks ---------------------------------------------------------------------------------------------------------
@@ -258,32 +266,37 @@ def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: 
     for text in overrides:
         tree.override(text)
     faults = tree.faults
+    broken: set[str] = set()
     try:
         config = Config.model_validate(tree.values)
     except ValidationError as error:
         faults += [_describe(fault, tree) for fault in error.errors()]
-    if not faults:
-        config, notes, found = _resolve(config, file, world_size)
-        faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for key, what in found]
+        broken = {str(fault["loc"][0]) for fault in error.errors()}
+        # The sound sections are checked on, so that every fault is told at once.
+        config = Config.model_validate({section: values for section, values in tree.values.items() if section not in broken})
+    config, notes, found = _resolve(config, file, world_size)
+    faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for sections, key, what in found if not broken & sections]
     if faults:
         raise ConfigError(f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n" + "\n".join(f"  {f}" for f in faults))
     return config, notes
 
 
-def _resolve(config: Config, file: Path, world_size: int) -> tuple[Config, list[str], list[tuple[str, str]]]:
-    """Derived values, ``auto``'s choice, and the faults that only several keys together show, as (key, what and remedy)."""
-    faults = [(f"model.{key}", what) for key, what in config.model.faults()]
+def _resolve(config: Config, file: Path, world_size: int) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
+    """Derived values, ``auto``'s choice, and the faults that only several keys together show: (sections read, key, what and remedy)."""
+    faults = [({"model"}, f"model.{key}", what) for key, what in config.model.faults()]
     train, batch_fault = _resolve_batch(config.train, world_size)
     if batch_fault:
-        faults.append(("train.global_batch_size", batch_fault))
+        faults.append(({"train"}, "train.global_batch_size", batch_fault))
     optimizer = config.optimizer
     if optimizer.min_lr > optimizer.lr:
-        faults.append(("optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr {optimizer.lr}; lower it"))
+        faults.append(({"optimizer"}, "optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr {optimizer.lr}; lower it"))
+    if optimizer.warmup_steps > config.train.steps:
+        what = f"{optimizer.warmup_steps} steps of warm-up do not fit into train.steps {config.train.steps}; lower it"
+        faults.append(({"optimizer", "train"}, "optimizer.warmup_steps", what))
     if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":
-        faults.append(("zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
-    backend, notes = config.attention.backend, []
-    if not faults:
-        backend, notes, faults = _resolve_backend(config)
+        faults.append(({"train", "zero"}, "zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
+    backend, notes, backend_faults = _resolve_backend(config)
+    faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or file.stem}),
         "model": config.model.resolved(),
@@ -308,7 +321,7 @@ def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, st
     asked = {
         "device_type": "cuda" if on_gpu else "cpu",
         "dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
-        "head_dim": model.head_dim,
+        "head_dim": max(1, model.head_dim),  # hidden_size below heads is told by its own fault
         "compute_capability": capability,
         "grouped": model.kv_heads != model.heads,
     }

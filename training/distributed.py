@@ -10,8 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from training.config import ConfigError
+
 USER_FAULT_EXIT_CODE = 2
 Result = TypeVar("Result")
+
+
+class UserFault(ValueError):
+    """Something the user can mend, told in one message; other exceptions are ours and keep their traceback."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +35,16 @@ class Ranks:
 
 @contextlib.contextmanager
 def one_clear_message(ranks: Ranks) -> Iterator[None]:
-    """Turn a user's mistake (ValueError) into one message on rank 0 and exit code 2 on every rank."""
+    """Turn a user's mistake into one message on rank 0 and exit code 2 on every rank."""
     try:
         yield
-    except ValueError as error:
-        if ranks.rank == 0:
-            print(f"\n{error}", file=sys.stderr, flush=True)
-        else:
+    except (ConfigError, UserFault) as error:
+        if ranks.rank != 0:
             # The launcher ends every rank as soon as one has exited: rank 0 must have spoken before another leaves.
             time.sleep(10)
+        if ranks.local_rank == 0:
+            # Still here on another host than rank 0's: its fault may be this host's alone.
+            print(f"\n{f'rank {ranks.rank}: ' * (ranks.rank > 0)}{error}", file=sys.stderr, flush=True)
         sys.exit(USER_FAULT_EXIT_CODE)
 
 
@@ -75,24 +82,39 @@ def join_process_group() -> None:
 
 
 def together(work: Callable[[], Result], *, here: bool = True) -> Result | None:
-    """Run ``work`` on the ranks where ``here`` holds; a ValueError on any of them is raised on all.
+    """Run ``work`` on the ranks where ``here`` holds; if it fails on any of them, every rank raises.
 
-    Without this, the ranks that are well would wait for the one that is not until the process group times out.
+    A ValueError or OSError becomes a UserFault; another exception keeps its traceback where it was raised.  Without this, the
+    ranks that are well would wait for the one that is not until the process group times out.
     """
     import torch.distributed as dist
 
-    result, fault = None, None
+    result, error = None, None
     if here:
         try:
             result = work()
-        except ValueError as error:
-            fault = str(error)
-    faults: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, fault)
-    for found in faults:
-        if found is not None:
-            raise ValueError(found)
+        except Exception as caught:
+            error = caught
+    mends = isinstance(error, (ValueError, OSError))
+    faults: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(faults, None if error is None else (mends, str(error) if mends else repr(error)))
+    if error is not None and not mends:
+        raise error
+    for rank, fault in enumerate(faults):
+        if fault is not None:
+            raise UserFault(fault[1]) if fault[0] else RuntimeError(f"rank {rank} failed: {fault[1]}")
     return result
+
+
+def agree(key: str, value: str) -> None:
+    """Raise UserFault on every rank unless all of them have the same value of a setting that each resolved for itself."""
+    import torch.distributed as dist
+
+    values: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        found = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(values))
+        raise UserFault(f"{key} differs between the processes ({found}); their GPUs or packages differ; name one that all of them have")
 
 
 def leave_process_group() -> None:

@@ -1,15 +1,15 @@
 """DeepSpeed: its configuration generated from ours, the engine built, one optimizer step taken."""
 
-import functools
-import importlib
 from dataclasses import dataclass
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from model.gpt import GPT, IGNORED_LABEL, Block, parameter_groups
 from training.config import Config
+from training.distributed import UserFault
 from training.schedule import learning_rate
 
 
@@ -17,7 +17,7 @@ def deepspeed_config(config: Config) -> dict:
     """The dictionary DeepSpeed is started with, derived from a resolved configuration.
 
     Raises:
-        ValueError: a top-level key that this DeepSpeed version does not read (it would ignore it without a word).
+        UserFault: the installed DeepSpeed does not read one of the keys.
     """
     zero = config.zero
     generated = {
@@ -27,6 +27,8 @@ def deepspeed_config(config: Config) -> dict:
         "gradient_clipping": config.optimizer.grad_clip,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "communication_data_type": zero.reduce_dtype,
+        # DeepSpeed would add micro batches up in bf16. Its stage 0 can do nothing else.
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if zero.stage > 0 else {}),
         "zero_optimization": {
             "stage": zero.stage,
             "overlap_comm": True,
@@ -37,18 +39,37 @@ def deepspeed_config(config: Config) -> dict:
         },
         "steps_per_print": None,
     }
-    unknown = generated.keys() - known_deepspeed_keys()
-    if unknown:
-        raise ValueError(f"DeepSpeed {deepspeed.__version__} does not read {', '.join(sorted(unknown))}; install the version in the constraints file")
+    unread = unread_keys(generated)
+    if unread:
+        raise UserFault(f"DeepSpeed {deepspeed.__version__} does not read {', '.join(sorted(unread))}; install the version in the constraints file")
     return generated
 
 
-@functools.cache
-def known_deepspeed_keys() -> frozenset[str]:
-    """The top-level keys DeepSpeed reads: the string constants of the modules in which it names them."""
-    modules = ("deepspeed.runtime.constants", "deepspeed.runtime.config", "deepspeed.runtime.zero.config", "deepspeed.runtime.precision_config")
-    names = (vars(importlib.import_module(module)) for module in modules)
-    return frozenset(value for module in names for key, value in module.items() if key.isupper() and isinstance(value, str))
+class _ReadKeys(dict):
+    """A dict that remembers which of its keys were asked for."""
+
+    def __init__(self, content: dict):
+        super().__init__(content)
+        self.read: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(key)
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> object:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: object = None) -> object:
+        self.read.add(key)
+        return super().get(key, default)
+
+
+def unread_keys(generated: dict) -> set[str]:
+    """Top-level keys that the installed DeepSpeed never looks at: it would ignore them without a word."""
+    watched = _ReadKeys(generated)
+    DeepSpeedConfig(watched)
+    return generated.keys() - watched.read
 
 
 def build_engine(config: Config) -> deepspeed.DeepSpeedEngine:

@@ -42,7 +42,8 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], token_
 def sample_text(engine: deepspeed.DeepSpeedEngine, tokenizer: Tokenizer, settings: SampleSection, *, sequence_length: int, seed: int) -> str:
     """Continue the prompt token by token with temperature and top-k sampling; temperature 0 takes the likeliest.
 
-    Every rank draws the same tokens (same seed, same logits). Stops at end of text, or after ``settings.tokens``.
+    Rank 0 draws, so that all go on and stop together: logits of unlike GPUs may differ in a bit. Stops at end of text, or after
+    ``settings.tokens``.
     """
     engine.eval()
     generator = torch.Generator().manual_seed(seed)
@@ -50,16 +51,21 @@ def sample_text(engine: deepspeed.DeepSpeedEngine, tokenizer: Tokenizer, setting
     tokens = list(prompt)
     for _ in range(settings.tokens):
         window = torch.tensor([tokens[-sequence_length:]], device=engine.device)
-        logits = engine(window)[0, -1, : tokenizer.vocab_size].float().cpu()
-        if settings.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            logits /= settings.temperature
-            if settings.top_k is not None and settings.top_k < len(logits):
-                logits[logits < logits.topk(settings.top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        drawn = draw_token(engine(window)[0, -1, : tokenizer.vocab_size].float().cpu(), settings, generator).to(engine.device)
+        dist.broadcast(drawn, src=0)
+        token = int(drawn)
         if token == tokenizer.end_of_text:
             break
         tokens.append(token)
     engine.train()
     return tokenizer.decode(tokens[len(prompt):])
+
+
+def draw_token(logits: torch.Tensor, settings: SampleSection, generator: torch.Generator) -> torch.Tensor:
+    """One token, int64 [1], from float32 logits [vocabulary]."""
+    if settings.temperature == 0:
+        return logits.argmax(keepdim=True)
+    logits = (logits - logits.max()) / settings.temperature  # the maximum stays 0, however small the temperature
+    if settings.top_k is not None and settings.top_k < len(logits):
+        logits[logits < logits.topk(settings.top_k).values[-1]] = -torch.inf
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -26,7 +26,7 @@ def model_flops_per_token(*, matmul_parameters: int, layers: int, attention_widt
 def hardware_flops_per_token(
     *,
     matmul_parameters: int,
-    block_parameters: int,
+    recomputed_parameters: int,
     layers: int,
     attention_width: int,
     sequence_length: int,
@@ -34,16 +34,17 @@ def hardware_flops_per_token(
 ) -> int:
     """`model_flops_per_token` plus what activation checkpointing recomputes; the arguments it shares mean the same.
 
-    "full" runs the forward pass of every block once more: 2 FLOPs a parameter of the blocks and 4 L (H Q) S for attention. The output
-    projection is not recomputed. What a fused attention backward recomputes inside the kernel is not counted.
+    "full" runs the forward pass of every block once more, as far as the backward needs it: 2 FLOPs a recomputed parameter and
+    4 L (H Q) S for attention. The output projection is not recomputed. What a fused attention backward recomputes inside the kernel is
+    not counted.
 
-    block_parameters: the part of matmul_parameters that lies in the transformer blocks.
+    recomputed_parameters: the part of matmul_parameters that checkpointed blocks multiply again.
     """
     flops = model_flops_per_token(
         matmul_parameters=matmul_parameters, layers=layers, attention_width=attention_width, sequence_length=sequence_length
     )
     if activation_checkpointing == "full":
-        flops += 2 * block_parameters + 4 * layers * attention_width * sequence_length
+        flops += 2 * recomputed_parameters + 4 * layers * attention_width * sequence_length
     return flops
 
 

@@ -23,7 +23,7 @@ class Meter:
                  "sequence_length": model.sequence_length}
         self.flops_per_token = model_flops_per_token(**shape)
         self.hardware_flops_per_token = hardware_flops_per_token(
-            **shape, block_parameters=self.parameters["blocks"], activation_checkpointing=config.train.activation_checkpointing)
+            **shape, recomputed_parameters=self.parameters["recomputed"], activation_checkpointing=config.train.activation_checkpointing)
         self.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         self.peak_flops = peak_flops(self.device_name, config.train.precision)
         self.started = time.perf_counter()

@@ -2,9 +2,11 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import GPTConfig
 from model.gpt import GPT, IGNORED_LABEL, count_parameters, rotary_table, rotate
+from training.flops import hardware_flops_per_token, model_flops_per_token
 
 SMALL = {"layers": 2, "hidden_size": 32, "heads": 4, "vocab_size": 50, "sequence_length": 16}
 DIALECTS = {
@@ -109,13 +111,30 @@ def test_gpt2_small_has_its_published_parameter_count():
     assert count_parameters(GPTConfig(vocab_size=50257).resolved())["total"] == 124_439_808
 
 
-def test_counts_of_matmul_and_block_parameters():
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_flops_formulas_agree_with_counted_flops(dropout):
+    """Model FLOPs without checkpointing, hardware FLOPs with it, against every matrix product that PyTorch runs."""
+    config = GPTConfig(layers=4, hidden_size=128, heads=4, vocab_size=512, sequence_length=64, dropout=dropout).resolved()
+    parameters = count_parameters(config)
+    shape = {"matmul_parameters": parameters["matmul"], "layers": 4, "attention_width": 128, "sequence_length": 64}
+
+    def counted(mode: str) -> float:
+        model = GPT(config, attention_backend="eager", activation_checkpointing=mode)
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randint(512, (2, 64)), torch.randint(512, (2, 64))).backward()
+        return counter.get_total_flops() / 128
+
+    assert counted("none") == pytest.approx(model_flops_per_token(**shape), rel=0.01)
+    expected = hardware_flops_per_token(**shape, recomputed_parameters=parameters["recomputed"], activation_checkpointing="full")
+    assert counted("full") == pytest.approx(expected, rel=0.01)
+
+
+def test_counts_of_parameters():
     counts = count_parameters(GPTConfig(**SMALL).resolved())
     assert counts["total"] - counts["matmul"] == 16 * 32
     untied = count_parameters(GPTConfig(**{**SMALL, **DIALECTS["llama"]}).resolved())
     assert untied["total"] - untied["matmul"] == 50 * 32
-    per_block = 32 * (4 + 2 * 2) * 8 + 32 * 32 + 32 * 256 + 128 * 32 + 2 * 32
-    assert untied["blocks"] == 2 * per_block
+    assert untied["recomputed"] == 2 * (32 * (4 + 2 * 2) * 8 + 32 * 32 + 32 * 256 + 2 * 32)
 
 
 def test_initial_loss_is_that_of_a_uniform_guess(model):

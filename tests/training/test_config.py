@@ -65,7 +65,7 @@ def test_base_is_inherited_key_by_key_and_the_command_line_wins(load):
 def test_scalars_are_those_of_yaml_1_2(load):
     config = load(run="""
         run: {name: off, output_dir: 2026-11-22}
-        optimizer: {lr: 1e-4, min_lr: 1E-5, eps: .5e-8, weight_decay: 0}
+        optimizer: {lr: 1e-4, min_lr: 1E-5, eps: .5e-8, weight_decay: 0, warmup_steps: 1}
         train: {steps: 010}
         sample: {prompt: "no", top_k: ~}
         """)
@@ -98,10 +98,32 @@ def test_all_faults_are_reported_at_once_with_file_line_and_nearest_key(load, tm
 
 def test_duplicate_keys_are_refused(load, tmp_path):
     message = faults_of(lambda: load(run="train:\n  steps: 3\n  steps: 4\n"))
-    assert f"{tmp_path}/run.yaml:3: train.steps: given twice, first in line 2" in message
+    assert f"{tmp_path}/run.yaml:3: train.steps: given twice, first in {tmp_path}/run.yaml:2" in message
+
+
+def test_faults_of_every_kind_are_told_together(load):
+    message = faults_of(lambda: load("model.heads=7", "train.global_batch_size=7", "train.micro_batch_size=2", "zero.stagee=1", "attention.backend=magic", run=""))
+    for expected in ("does not divide into 7 heads", "do not multiply out", "zero.stagee: unknown key", "magic is not known"):
+        assert expected in message
+
+
+def test_a_mapping_on_the_command_line_is_merged_and_checked_for_duplicates(load):
+    assert load("model={layers: 3, heads: 6}", run="model: {layers: 2, dropout: 0.1}").model.dropout == 0.1
+    assert load("model={layers: 3, heads: 6}", run="model: {layers: 2}").model.layers == 3
+    assert "given twice" in faults_of(lambda: load("train={steps: 9, steps: 8}", run=""))
 
 
 @pytest.mark.parametrize("text, expected", [
+    ("base: [a, b]", "base: must be the name of one YAML file"),
+    ("base:", "base: must be the name of one YAML file"),
+    ("model: {layers: !!int abc}", "model.layers: invalid literal"),
+    ("model: &m {layers: *m}", "model.layers: nested too deeply"),
+    ("run: {name: ../escaped}", "run.name: string should match"),
+    ("run: {name: ..}", "run.name: string should match"),
+    ("run: {seed: 99999999999999999999999}", "run.seed: input should be less than"),
+    ("optimizer: {betas: [0.9, 1.5]}", "optimizer.betas.1: input should be less than 1"),
+    ("optimizer: {lr: .inf}", "optimizer.lr: input should be a finite number"),
+    ("optimizer: {warmup_steps: 301}", "do not fit into train.steps 300"),
     ("base: missing.yaml", "missing.yaml: no such file"),
     ("base: run.yaml", "includes itself"),
     ("- a list", "top level must be a mapping"),

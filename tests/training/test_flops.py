@@ -20,8 +20,8 @@ def test_mfu_of_a_known_speed():
 
 
 def test_full_checkpointing_adds_one_forward_of_the_blocks():
-    plain = hardware_flops_per_token(**GPT2, block_parameters=BLOCKS, activation_checkpointing="none")
-    full = hardware_flops_per_token(**GPT2, block_parameters=BLOCKS, activation_checkpointing="full")
+    plain = hardware_flops_per_token(**GPT2, recomputed_parameters=BLOCKS, activation_checkpointing="none")
+    full = hardware_flops_per_token(**GPT2, recomputed_parameters=BLOCKS, activation_checkpointing="full")
     assert plain == model_flops_per_token(**GPT2)
     # Blocks: 85,054,464 parameters twice, and a third of the attention term.
     assert full - plain == 2 * 85_054_464 + 113_246_208 // 3

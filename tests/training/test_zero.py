@@ -4,14 +4,16 @@ import json
 import math
 
 import pytest
+import torch
 
 from tests.launching import deepspeed_run
+from tests.training.zero_worker import CHECKS
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("zero") / "seen.json"
-    done = deepspeed_run("tests/training/zero_worker.py", out, TRITON_INTERPRET="1")
+    done = deepspeed_run("tests/training/zero_worker.py", out, ",".join([*CHECKS, "evaluation"]), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
@@ -40,8 +42,9 @@ def test_loss_is_normalised_by_the_targets_of_the_global_batch(seen):
 
 
 def test_bf16_agrees_over_the_stages_and_with_fp32(seen):
-    for stage in "012":
-        assert_same_training(seen["bf16"][stage], seen["bf16"]["3"], relative=2e-5 if stage == "0" else 2e-6)
+    for stage in "12":
+        assert_same_training(seen["bf16"][stage], seen["bf16"]["3"])
+    assert_same_training(seen["bf16"]["0"], seen["bf16"]["3"], relative=2e-4)  # DeepSpeed adds gradients up in bf16 at stage 0
     assert_same_training(seen["bf16"]["3"], seen["plain"], relative=1e-3)
 
 
@@ -84,5 +87,35 @@ def test_every_rank_samples_the_same_text(seen):
     assert first == second and first
 
 
-def test_a_fault_on_one_rank_is_raised_on_all(seen):
-    assert seen["fault_on_one_rank"] == ["the fault of rank 1"] * 2
+def test_micro_batches_are_added_up_in_fp32(seen):
+    """64 equal micro batches have the gradient of one; added up in bf16 they were 1% off."""
+    for stage, error in seen["bf16_gradient_error"].items():
+        assert error < 1e-4, stage
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(seen):
+    faults = seen["faults_shared_by_all"]
+    assert faults["user"] == ["UserFault: mend this"] * 2
+    assert faults["file"] == ["UserFault: [Errno 2] No such file: '/x'"] * 2
+    assert faults["ours"] == ["RuntimeError: rank 1 failed: RuntimeError('a bug')", "RuntimeError: a bug"]
+    assert faults["disagree"][0] == faults["disagree"][1] and "rank 0: triton, rank 1: sdpa" in faults["disagree"][0]
+    assert faults["agree"] == ["nothing raised"] * 2
+
+
+def test_deepspeed_reads_every_key_it_is_given(seen):
+    assert seen["deepspeed_keys"] == {"ours": [], "foreign": ["bogus", "enabled"]}
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_backend_and_stage_trains_as_plain_pytorch(tmp_path):
+    """One process with NCCL, fused AdamW and the real kernels; two processes where there are two GPUs."""
+    processes = min(2, torch.cuda.device_count())
+    done = deepspeed_run("tests/training/zero_worker.py", tmp_path / "seen.json", "grid,plain,bf16,bf16_gradient_error", processes=processes, device="cuda")
+    assert done.returncode == 0, done.stdout + done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    for cell in seen["grid"].values():
+        assert_same_training(cell, seen["plain"], relative=2e-5)
+    for cell in seen["bf16"].values():
+        assert_same_training(cell, seen["plain"], relative=2e-3)
+    for stage, error in seen["bf16_gradient_error"].items():
+        assert error < 1e-4, stage

@@ -16,8 +16,8 @@ from model.gpt import GPT, IGNORED_LABEL, parameter_groups
 from training.batches import validation_batches
 from training.config import Config, load_config
 from training.corpus import Corpus, write_corpus
-from training.distributed import join_process_group, together
-from training.engine import build_engine, train_step
+from training.distributed import UserFault, agree, join_process_group, together
+from training.engine import build_engine, deepspeed_config, train_step, unread_keys
 from training.evaluation import evaluate, sample_text
 from training.schedule import learning_rate
 from training.tokenizers import load_tokenizer
@@ -53,7 +53,10 @@ def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tupl
 
 def train(config: Config, ignored: bool = False) -> dict:
     engine = build_engine(config)
-    results = [train_step(engine, micro_batches(config, step, ignored), step, config) for step in range(STEPS)]
+    results = []
+    for step in range(STEPS):
+        batch = [(tokens.to(engine.device), labels.to(engine.device)) for tokens, labels in micro_batches(config, step, ignored)]
+        results.append(train_step(engine, batch, step, config))
     engine.destroy()
     return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
 
@@ -64,15 +67,17 @@ def train_plainly(config: Config, ignored: bool = False) -> dict:
     model = GPT(config.model, attention_backend="eager")
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=tuple(o.betas), eps=o.eps)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train.steps, o)
-        tokens, labels = global_batch(config, step, ignored)
+        tokens, labels = (x.to(device) for x in global_batch(config, step, ignored))
         loss = model(tokens, labels) / (labels != IGNORED_LABEL).sum()
         loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)))
-        losses.append(float(loss))
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item())
+        losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
     return {"losses": losses, "grad_norms": norms}
@@ -98,8 +103,8 @@ def initial_weights() -> dict:
     stds, equal = {}, True
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter):
-            stds[name] = float(parameter.std(correction=0))
-            equal &= torch.equal(parameter.data, plain[name].data)
+            stds[name] = parameter.detach().std(correction=0).item()
+            equal &= torch.equal(parameter.data.cpu(), plain[name].data)
     groups = parameter_groups(engine.module, 0.1)
     decayed = {id(p) for p in groups[0]["params"]}
     names = [name for name, p in engine.module.named_parameters() if id(p) in decayed]
@@ -147,35 +152,78 @@ def evaluation(folder: Path) -> dict:
     return {"found": found, "some": some, "nats": nats, "tokens": tokens, "bytes": text_bytes, "split_tokens": split.tokens, "samples": texts}
 
 
-def fault_on_one_rank() -> str:
-    def fail():
-        raise ValueError("the fault of rank 1")
+def bf16_gradient_error(stage: int) -> float:
+    """Relative error of the gradient norm after many micro batches in bf16, whose sum must be kept in fp32.
 
-    try:
-        together(fail, here=dist.get_rank() == 1)
-    except ValueError as error:
-        return str(error)
-    return "nothing raised"
+    Every micro batch is the same, so that the accumulated gradient is that of one of them and only the addition can go wrong.
+    """
+    def grad_norm(accumulation: int) -> float:
+        config = configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}", "train.global_batch_size=null",
+                           "train.micro_batch_size=1", f"train.gradient_accumulation_steps={accumulation}", "optimizer.grad_clip=0")
+        engine = build_engine(config)
+        tokens, labels = (x[:1].to(engine.device) for x in global_batch(configure(), 0))
+        result = train_step(engine, [(tokens, labels)] * accumulation, 0, config)
+        engine.destroy()
+        return result.grad_norm
+
+    once, many = grad_norm(1), grad_norm(64)
+    return abs(many / once - 1)
+
+
+def faults_shared_by_all() -> dict:
+    """What every rank raises when one of them fails, or resolves a setting otherwise."""
+    def told(call) -> list[str]:
+        try:
+            call()
+            message = "nothing raised"
+        except (UserFault, RuntimeError) as error:
+            message = f"{type(error).__name__}: {error}"
+        messages: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+        return messages
+
+    def fail(error: Exception):
+        raise error
+
+    second = dist.get_rank() == 1
+    return {
+        "user": told(lambda: together(lambda: fail(ValueError("mend this")), here=second)),
+        "file": told(lambda: together(lambda: fail(FileNotFoundError(2, "No such file", "/x")), here=second)),
+        "ours": told(lambda: together(lambda: fail(RuntimeError("a bug")), here=second)),
+        "disagree": told(lambda: agree("attention.backend", "sdpa" if second else "triton")),
+        "agree": told(lambda: agree("attention.backend", "sdpa")),
+    }
+
+
+def deepspeed_keys() -> dict:
+    generated = deepspeed_config(configure())
+    return {"ours": sorted(unread_keys(generated)), "foreign": sorted(unread_keys({**generated, "enabled": True, "bogus": 1}))}
+
+
+CHECKS = {
+    "grid": grid,
+    "plain": lambda: train_plainly(configure()),
+    "plain_llama": lambda: train_plainly(configure(*LLAMA)),
+    "llama": lambda: train(configure(*LLAMA, "train.activation_checkpointing=full", "attention.backend=sdpa")),
+    "plain_ignored": lambda: train_plainly(configure(), ignored=True),
+    "accumulated": lambda: {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True)
+                            for n, s in ((1, 3), (4, 3), (2, 2))},
+    "bf16": lambda: {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
+    "bf16_gradient_error": lambda: {stage: bf16_gradient_error(stage) for stage in (1, 2, 3)},
+    "initial_weights": initial_weights,
+    "dropout": dropout_differs,
+    "faults_shared_by_all": faults_shared_by_all,
+    "deepspeed_keys": deepspeed_keys,
+}
 
 
 def main() -> None:
-    out = Path(sys.argv[-1])  # the launcher puts --local_rank first
+    # The launcher puts --local_rank first.
+    out, names = Path(sys.argv[-2]), sys.argv[-1].split(",")
     join_process_group()
-    seen = {
-        "grid": grid(),
-        "plain": train_plainly(configure()),
-        "plain_llama": train_plainly(configure(*LLAMA)),
-        "llama": train(configure(*LLAMA, "train.activation_checkpointing=full", "attention.backend=sdpa")),
-        "plain_ignored": train_plainly(configure(), ignored=True),
-        "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
-        "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
-        "initial_weights": initial_weights(),
-        "dropout": dropout_differs(),
-        "evaluation": evaluation(out.parent / "corpus"),
-    }
-    messages = [None, None]
-    dist.all_gather_object(messages, fault_on_one_rank())
-    seen["fault_on_one_rank"] = messages
+    seen = {}
+    for name in names:
+        seen[name] = evaluation(out.parent / "corpus") if name == "evaluation" else CHECKS[name]()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(seen))
     dist.destroy_process_group()
