@@ -32,15 +32,23 @@ run_dir=$output_dir/$name
 
 if [ "$gpus" -gt 0 ]; then
     processes=$gpus
-    while [ $((global_batch_size % processes)) -ne 0 ]; do
-        processes=$((processes - 1))
-    done
+    if [[ $global_batch_size =~ ^[1-9][0-9]*$ ]]; then # train.py derives null, and refuses what is no number
+        while [ $((global_batch_size % processes)) -ne 0 ]; do
+            processes=$((processes - 1))
+        done
+    fi
     if [ "$processes" -lt "$gpus" ]; then
         echo "quickstart: using $processes of $gpus GPUs, the most that divide the global batch of $global_batch_size sequences"
     fi
     # --include instead of CUDA_VISIBLE_DEVICES, which the launcher obeys only with a message and never beside --num_gpus.
     IFS=, read -ra devices <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}"
-    placement=(--include "localhost:$(IFS=, && echo "${devices[*]:0:processes}")")
+    included=$(IFS=, && echo "${devices[*]:0:processes}")
+    if [[ ! $included =~ ^[0-9,\ ]+$ ]]; then
+        echo "quickstart: CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES names devices by UUID, and the launcher takes indices alone:" \
+            "set it to indices of nvidia-smi -L, as in CUDA_VISIBLE_DEVICES=0,1" >&2
+        exit 2
+    fi
+    placement=(--include "localhost:$included")
     unset CUDA_VISIBLE_DEVICES
 else
     placement=(--num_gpus 2) # to the launcher a number of processes, GPUs or not

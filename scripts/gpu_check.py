@@ -8,19 +8,22 @@ Exit code 0: all passed; 1: something failed; 2: no GPU here.
 import argparse
 import json
 import os
-import platform
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training.tracking import collect_environment  # noqa: E402
+
 TIMEOUTS = {"tests": 180, "kernel_times": 60, "training": 60}  # seconds, together five minutes
 
 TOKENS, HIDDEN = 16384, 2048  # batch * seq and heads * head_dim of every timed case
@@ -39,7 +42,7 @@ def main() -> int:
     if options.kernel_times:
         options.out.write_text(json.dumps(time_kernels()))
         return 0
-    result = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), **environment()}
+    result = {"environment": collect_environment()}
     with tempfile.TemporaryDirectory() as folder:
         for name, step in (("tests", run_tests), ("kernel_times", run_kernel_times), ("training", run_training)):
             print(f"gpu_check: {name} ...", flush=True)
@@ -53,32 +56,10 @@ def main() -> int:
     return 0 if result["passed"] else 1
 
 
-def environment() -> dict:
-    import triton
-
-    def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version(),
-        },
-        "git_sha": git("rev-parse", "HEAD"),
-        "git_changes": bool(git("status", "--porcelain")),
-    }
-
-
 def command(arguments: list, deadline: float) -> tuple[int | str, str]:
     """Exit code ("timeout" past the deadline) and the output's end."""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    search_path = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
-    process = subprocess.Popen(list(map(str, arguments)), cwd=ROOT, env=search_path, start_new_session=True, **pipes)
+    process = subprocess.Popen(list(map(str, arguments)), cwd=ROOT, start_new_session=True, **pipes)
     try:
         output, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
         return process.returncode, output[-4000:]
@@ -89,7 +70,8 @@ def command(arguments: list, deadline: float) -> tuple[int | str, str]:
 
 def run_tests(folder: Path, deadline: float) -> dict:
     report = folder / "tests.xml"
-    code, output = command([sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests", f"--junitxml={report}"], deadline)
+    # Several at a time: most of a test's seconds go into compiling its kernels, on the CPU.
+    code, output = command([sys.executable, "-m", "pytest", "-q", "-n", "4", "-m", "gpu", "tests", f"--junitxml={report}"], deadline)
     if code not in (0, 1) or not report.exists():
         return {"passed": False, "exit_code": code, "output": output}
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -153,8 +135,11 @@ def run_training(folder: Path, deadline: float) -> dict:
     """Thirty steps through the launcher on our kernel: it must end well and have learnt something."""
     corpus, runs = folder / "corpus", folder / "runs"
     prepare = [sys.executable, "scripts/prepare_data.py", "--source", "shakespeare", "--tokenizer", "bytes", "--out", corpus]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     train = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1",
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port,
         "train.py", "--config", "configs/quickstart.yaml", "train.steps=30", "train.precision=bf16", "attention.backend=triton",
         f"data.corpus={corpus}", f"run.output_dir={runs}", "tracking.wandb=disabled",
     ]  # fmt: skip
@@ -163,7 +148,7 @@ def run_training(folder: Path, deadline: float) -> dict:
         if code != 0:
             return {"passed": False, "command": " ".join(map(str, arguments)), "exit_code": code, "output": output}
     rows = [json.loads(line) for path in runs.rglob("metrics.jsonl") for line in path.read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row]
+    losses = [row["loss"] for row in rows]
     if len(losses) != 30:
         return {"passed": False, "output": f"metrics.jsonl holds {len(losses)} losses, expected 30"}
     return {"passed": losses[-1] < losses[0], "first_loss": losses[0], "last_loss": losses[-1], "last_row": rows[-1]}
@@ -172,7 +157,9 @@ def run_training(folder: Path, deadline: float) -> dict:
 def summary(result: dict) -> str:
     """The result as a short table."""
     tests, times, training = result["tests"], result["kernel_times"], result["training"]
-    lines = [f"{result['gpu']}, torch {result['versions']['torch']}, triton {result['versions']['triton']}, git {result['git_sha']}"]
+    environment = result["environment"]
+    versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "triton"))
+    lines = [f"{environment['gpu_name']}, {versions}, git {environment['git_sha']}"]
     for name in TIMEOUTS:
         lines.append(f"{'passed' if result[name]['passed'] else 'FAILED'}  {name:12} {result[name]['seconds']:6.1f} s")
     if "tests" in tests:

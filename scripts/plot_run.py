@@ -49,8 +49,7 @@ class Run:
         x_key, unit, _ = X_AXES[x]
         rows = [row for row in self.rows if row.get(key) is not None]
         try:
-            # Step 0, the evaluation of the untrained model, has cost nothing yet and need not say so.
-            xs = np.array([row.get(x_key, 0) if row["step"] == 0 else row[x_key] for row in rows], dtype=float) / unit
+            xs = np.array([row[x_key] for row in rows], dtype=float) / unit
             ys = np.array([row[key] for row in rows], dtype=float)
         except KeyError:
             raise ValueError(f"run {self.name}: a row of {METRICS_FILE} has no {x_key!r}; choose another --x") from None

@@ -121,6 +121,9 @@ def scan_files(files: Iterable[tuple[str, str, Path]], max_file_bytes: int | Non
     """One document for each (name, group, path) that holds text not seen before, by sha256, and why the others were left out."""
     documents, left_out = {}, Counter()
     for name, group, path in files:
+        if not path.is_file():  # a link to nothing, a pipe
+            left_out["not a file"] += 1
+            continue
         if max_file_bytes is not None and path.stat().st_size > max_file_bytes:
             left_out[f"larger than {max_file_bytes // 1000} kB"] += 1
             continue
@@ -154,7 +157,7 @@ def visible_files(folder: Path, left_out: Counter) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder):
         left_out["hidden"] += sum(name.startswith(".") for name in folders + names)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(parent, name) for name in sorted(names) if not name.startswith(".") and Path(parent, name).is_file())
+        yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
 def local_files(paths: list[str], out: Path) -> Source:
@@ -318,11 +321,11 @@ def is_prepared(folder: Path, tokenizer: Tokenizer, wanted: dict) -> bool:
     if not folder.exists():
         return False
     try:
-        manifest = Corpus.open(folder).manifest
+        corpus = Corpus.open(folder)
     except CorpusError as error:
         raise ValueError(f"the folder exists and is no whole corpus: {error}") from None
-    differing = [key for key in wanted if manifest["provenance"].get(key) != wanted[key]]
-    differing += ["tokenizer"] if manifest["tokenizer"]["sha256"] != tokenizer.sha256 else []
+    differing = [key for key in wanted if corpus.provenance.get(key) != wanted[key]]
+    differing += ["tokenizer"] if corpus.tokenizer_sha256 != tokenizer.sha256 else []
     if differing:
         what = f"{folder} holds another corpus ({', '.join(differing)} differ)"
         raise ValueError(f"{what}; choose another --out, or replace it with --overwrite")

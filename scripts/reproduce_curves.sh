@@ -9,7 +9,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=runs/curves
 corpus=data/python-source-gpt2
-gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+if [ -d .venv ]; then
+    source launch/environment.sh
+else # a machine with an environment of its own
+    gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+fi
 
 train() { # train NAME CONFIG DEVICES [override ...]
     local name=$1 config=$2 devices=$3 port

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.tracking import RUN_FILE, read_metrics  # noqa: E402
+from training.tracking import RUN_FILE, read_metrics, to_json  # noqa: E402
 
 # The first steps load and compile kernels; speed is the median of the others.
 WARM_UP_STEPS = 5
@@ -26,9 +26,9 @@ def summarize(run_dir: Path) -> dict:
     """
     try:
         described = json.loads((run_dir / RUN_FILE).read_text(encoding="utf-8"))
+        rows, _ = read_metrics(run_dir)
     except OSError as error:
-        raise ValueError(f"{run_dir}: not a run's folder ({error.strerror}: {RUN_FILE})") from None
-    rows, _ = read_metrics(run_dir)
+        raise ValueError(f"{run_dir}: not a run's folder ({error.strerror}: {Path(error.filename).name})") from None
     steady = rows[WARM_UP_STEPS:]
     if not steady:
         raise ValueError(f"{run_dir}: {len(rows)} steps, and the first {WARM_UP_STEPS} do not count for speed; run more steps")
@@ -78,7 +78,7 @@ def main() -> None:
         sys.exit(2)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(runs) + "\n", encoding="utf-8")
+        arguments.out.write_text(to_json(runs) + "\n", encoding="utf-8")
     print(table(runs))
 
 

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -47,9 +48,8 @@ def _documents_file(shard_name: str) -> str:
 
 
 def _corpus_sha256(manifest: dict) -> str:
-    """Names the content: the tokenizer and every token and document boundary, whatever the folder, the date or the sources."""
-    shards = {split: [(s["sha256"], s["documents_sha256"]) for s in manifest["splits"][split]["shards"]] for split in SPLITS}
-    content = {"format_version": manifest["format_version"], "tokenizer": manifest["tokenizer"]["sha256"], "shards": shards}
+    """Names the content: the tokenizer, every count, token and document boundary, whatever the folder, the date or the sources."""
+    content = {key: manifest[key] for key in ("format_version", "tokenizer", "splits")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -246,15 +246,25 @@ class Corpus:
         self.folder = folder
         self.manifest = manifest
         self.sha256: str = manifest["corpus_sha256"]
+        self.provenance: dict = manifest["provenance"]
         self.tokenizer_name: str = manifest["tokenizer"]["name"]
+        self.tokenizer_sha256: str = manifest["tokenizer"]["sha256"]
         self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
-        self.end_of_text: int = manifest["tokenizer"]["end_of_text"]
         self._dtype = token_dtype(self.vocab_size)
-        self._splits: dict[str, TokenSplit] = {}
+        self._prepare_command: str = manifest["prepare_command"]
+        self._shard_tokens: dict[str, int] = {}  # by file
+        self._file_sha256: dict[str, str] = {"token_bytes.npy": manifest["tokenizer"]["token_bytes_sha256"]}
+        for split in SPLITS:
+            for shard in manifest["splits"][split]["shards"]:
+                self._shard_tokens[shard["name"]] = shard["tokens"]
+                self._file_sha256[shard["name"]] = shard["sha256"]
+                self._file_sha256[_documents_file(shard["name"])] = shard["documents_sha256"]
+        self._check_sizes()
+        self._splits = {split: TokenSplit(folder, manifest["splits"][split], self._dtype) for split in SPLITS}
 
     @classmethod
     def open(cls, folder: Path | str) -> "Corpus":
-        """Reads the manifest and checks that every file it names is there with the size it says."""
+        """Reads the manifest, checks that its counts agree and that every file it names is there with the size it says."""
         folder = Path(folder)
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -275,53 +285,46 @@ class Corpus:
                 )
             if manifest["corpus_sha256"] != _corpus_sha256(manifest):
                 raise CorpusError(f"{folder}/manifest.json: altered since it was written (corpus_sha256 does not match); {again}")
-            corpus = cls(folder, manifest)
-            sizes = {shard["name"]: shard["tokens"] * corpus._dtype.itemsize for shard in corpus._shards()}
+            for split, count in product(SPLITS, ("tokens", "documents")):
+                entry = manifest["splits"][split]
+                total = sum(shard[count] for shard in entry["shards"])
+                if entry[count] != total:
+                    raise CorpusError(f"{folder}/manifest.json: splits.{split}.{count} is {entry[count]}, its shards hold {total}; {again}")
+            return cls(folder, manifest)
         except (KeyError, TypeError, AttributeError) as error:
             raise CorpusError(f"{folder}/manifest.json: not a corpus manifest ({error!r}); {again}") from None
-        for name in [*sizes, *map(_documents_file, sizes), "token_bytes.npy"]:
-            if not (folder / name).is_file():
-                raise corpus._damaged(name, "missing")
-        for name, size in sizes.items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise corpus._damaged(name, f"{found} bytes instead of {size}")
-        return corpus
 
-    def _shards(self) -> list[dict]:
-        return [shard for split in SPLITS for shard in self.manifest["splits"][split]["shards"]]
+    def _check_sizes(self) -> None:
+        for name in self._file_sha256:
+            if not (self.folder / name).is_file():
+                raise self._damaged(name, "missing")
+        for name, tokens in self._shard_tokens.items():
+            found, expected = (self.folder / name).stat().st_size, tokens * self._dtype.itemsize
+            if found != expected:
+                raise self._damaged(name, f"{found} bytes instead of {expected}")
 
     def _damaged(self, name: str, what: str) -> CorpusError:
-        command = f"{self.manifest['prepare_command']} --out {shlex.quote(str(self.folder))} --overwrite"
+        command = f"{self._prepare_command} --out {shlex.quote(str(self.folder))} --overwrite"
         return CorpusError(f"{self.folder}/{name}: {what}; prepare the corpus again: {command}")
 
     def verify(self) -> None:
         """Reads everything: the sha256 of every file against the manifest, and every token id against the vocabulary."""
-        expected = {"token_bytes.npy": self.manifest["tokenizer"]["token_bytes_sha256"]}
-        for shard in self._shards():
-            expected[shard["name"]] = shard["sha256"]
-            expected[_documents_file(shard["name"])] = shard["documents_sha256"]
-        for name, digest in expected.items():
+        for name, digest in self._file_sha256.items():
             found = _sha256(self.folder / name)
             if found != digest:
                 raise self._damaged(name, f"altered since it was prepared (sha256 {found[:12]}..., prepared {digest[:12]}...)")
-        for shard in self._shards():
-            largest = int(np.memmap(self.folder / shard["name"], dtype=self._dtype, mode="r").max())
+        for name in self._shard_tokens:
+            largest = int(np.memmap(self.folder / name, dtype=self._dtype, mode="r").max())
             if largest >= self.vocab_size:
-                raise self._damaged(shard["name"], f"token id {largest} is outside the vocabulary of {self.vocab_size}")
+                raise self._damaged(name, f"token id {largest} is outside the vocabulary of {self.vocab_size}")
 
-    def check_fits(self, *, model_vocab_size: int, sequence_length: int, tokenizer_name: str | None = None) -> None:
+    def check_fits(self, *, model_vocab_size: int, sequence_length: int) -> None:
         """Refuses a corpus that this model or this machine would misread.
 
         The model's vocabulary may be larger than the tokenizer's (padding), never smaller; each split must hold one whole
-        sequence; the tokenizer installed here must be the one that made the ids. `tokenizer_name` None accepts the corpus's own.
+        sequence; the tokenizer installed here must be the one that made the ids.
         """
-        if tokenizer_name not in (None, self.tokenizer_name):
-            raise CorpusError(
-                f"{self.folder}: made with tokenizer {self.tokenizer_name!r}, the run asks for {tokenizer_name!r}; choose that one, "
-                f"or prepare another corpus with --tokenizer {tokenizer_name}"
-            )
-        if load_tokenizer(self.tokenizer_name).sha256 != self.manifest["tokenizer"]["sha256"]:
+        if load_tokenizer(self.tokenizer_name).sha256 != self.tokenizer_sha256:
             what = f"made with another tokenizer {self.tokenizer_name!r} than the one installed (sha256 differs)"
             raise self._damaged("manifest.json", what)
         if self.vocab_size > model_vocab_size:
@@ -339,8 +342,6 @@ class Corpus:
 
     def split(self, name: str) -> TokenSplit:
         """The split "train" or "validation"."""
-        if name not in self._splits:
-            self._splits[name] = TokenSplit(self.folder, self.manifest["splits"][name], self._dtype)
         return self._splits[name]
 
     @cached_property

@@ -3,6 +3,7 @@
 metrics.jsonl is the truth; wandb shows the same rows. Both files lie in the run directory.
 """
 
+import fcntl
 import importlib.metadata
 import json
 import logging
@@ -33,11 +34,13 @@ logger = logging.getLogger(__name__)
 class RunRecorder:
     """Writes a run's description and its metrics; one per run, on rank 0 only. Use it as a context manager or call `finish`.
 
-    run_dir: created when absent. run.json (`info` with run_name) is written atomically, then metrics.jsonl is opened, then wandb starts.
+    run_dir: created when absent. metrics.jsonl is locked for this run, then run.json (`info` with run_name) is written atomically, then
+    wandb starts.
     info: JSON-serialisable; also becomes the wandb config.
     wandb_mode: "online", "offline" (files under run_dir/wandb, for `wandb sync`) or "disabled" (wandb is not imported).
 
-    Raises ValueError when run_dir already holds metrics, and when wandb cannot start; the message names the remedy.
+    Raises ValueError when run_dir already holds metrics, when another run is writing there, and when wandb cannot start; the message
+    names the remedy.
     """
 
     def __init__(
@@ -53,11 +56,8 @@ class RunRecorder:
         run_name: str,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        metrics_path = run_dir / METRICS_FILE
-        if metrics_path.exists() and metrics_path.stat().st_size > 0:
-            raise ValueError(f"{metrics_path} already holds the metrics of a run; choose another run.name or move it away")
+        self._metrics = _open_for_one_run(run_dir / METRICS_FILE)
         _write_json_atomically(run_dir / RUN_FILE, {"run_name": run_name, **info})
-        self._metrics = metrics_path.open("a", encoding="utf-8")
         self._wandb_dir = run_dir / "wandb"
         self._wandb_run = None
         if wandb_mode == "disabled":
@@ -80,10 +80,9 @@ class RunRecorder:
     def record(self, row: dict[str, Any]) -> None:
         """Append one optimizer step: `row` maps names to int, float, str or None, and holds "step".
 
-        JSON has no NaN or infinity, and null would hide which of them it was: they are written as the strings "NaN", "Infinity" and
-        "-Infinity", which `read_metrics` and float() turn back.
+        It is written as by `to_json`, which `read_metrics` turns back.
         """
-        self._metrics.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        self._metrics.write(to_json(row) + "\n")
         self._metrics.flush()
         if self._wandb_run is not None:
             try:
@@ -115,6 +114,23 @@ class RunRecorder:
             self._metrics.name,
             self._wandb_dir,
         )
+
+
+def _open_for_one_run(path: Path) -> TextIO:
+    """Opened for appending, empty, and locked until it is closed or the process ends, so that a run that died before its first row
+    stands in nobody's way."""
+    file = path.open("a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f"{path}: another run is writing it at this moment; choose another run.name") from None
+    except OSError as error:  # some network file systems have no locks
+        logger.warning("%s cannot be locked (%s): two runs of this name at once would mix their rows", path, error.strerror)
+    if os.fstat(file.fileno()).st_size > 0:
+        file.close()
+        raise ValueError(f"{path} already holds the metrics of a run; choose another run.name or move it away")
+    return file
 
 
 def _start_wandb(mode: str, **arguments: Any) -> Any:
@@ -179,7 +195,8 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], bool]:
 def collect_environment() -> dict[str, Any]:
     """What a result depends on besides the config: date, versions, commit and GPU. No host or user name.
 
-    git_dirty tells whether tracked files differ from the commit; both git entries are None outside a clone.
+    git_dirty tells whether tracked files differ from the commit. Outside a clone (a copied tree, a container) git_sha is what the
+    environment variable GIT_SHA says, None without it, and git_dirty is None.
     """
     import torch  # here, so that reading metrics does not wait for it
 
@@ -195,6 +212,7 @@ def collect_environment() -> dict[str, Any]:
         "gpu_name": torch.cuda.get_device_name() if has_gpu else None,
         "gpu_count": torch.cuda.device_count(),
         "cuda_version": torch.version.cuda,
+        "cudnn_version": torch.backends.cudnn.version(),
     }
 
 
@@ -212,16 +230,15 @@ class ProgressLine:
     def update(self, row: dict[str, Any]) -> None:
         """Show one row of metrics; validation results, when it holds some, get a line of their own."""
         step = row["step"]
-        if "loss" in row:
-            is_first = self._first is None
-            text = self._format(row)
-            if self._in_place:
-                columns = shutil.get_terminal_size().columns
-                self._stream.write(f"\r\x1b[K{text[: columns - 1]}")
-                self._line_is_open = True
-            elif is_first or step % self._every == 0 or step == self._total_steps:
-                self._stream.write(text + "\n")
-            self._stream.flush()
+        is_first = self._first is None
+        text = self._format(row)
+        if self._in_place:
+            columns = shutil.get_terminal_size().columns
+            self._stream.write(f"\r\x1b[K{text[: columns - 1]}")
+            self._line_is_open = True
+        elif is_first or step % self._every == 0 or step == self._total_steps:
+            self._stream.write(text + "\n")
+        self._stream.flush()
         if "val_loss" in row:
             self.note(
                 f"step {step:>{len(str(self._total_steps))}}/{self._total_steps} | validation loss {row['val_loss']:.4f} nats/token | "
@@ -263,6 +280,12 @@ class ProgressLine:
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """JSON has no NaN or infinity, and null would hide which of them it was: they become the strings "NaN", "Infinity" and
+    "-Infinity", which float() turns back."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
 def _finite(value: Any) -> Any:
     """`value` with NaN and infinities, at any depth, replaced by their names in _NON_FINITE."""
     if isinstance(value, dict):
@@ -277,7 +300,7 @@ def _finite(value: Any) -> Any:
 def _write_json_atomically(path: Path, content: dict[str, Any]) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+        file.write(to_json(content, indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -291,11 +314,11 @@ def _git_state() -> tuple[str | None, bool | None]:
 
     try:
         # An unpacked archive may lie inside someone else's clone, whose commit says nothing about this code.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != _REPOSITORY:
-            return None, None
-        return git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no") != ""
+        if Path(git("rev-parse", "--show-toplevel")).resolve() == _REPOSITORY:
+            return git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no") != ""
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        pass
+    return os.environ.get("GIT_SHA") or None, None
 
 
 def _package_version(name: str) -> str | None:

@@ -27,9 +27,11 @@ def quickstart(tmp_path):
 
     def run(*overrides, gpus=0, launcher_exit=0, visible=""):
         environment = {"PATH": os.environ["PATH"], "GPUS": str(gpus), "LAUNCHER_EXIT": str(launcher_exit), "CUDA_VISIBLE_DEVICES": visible}
+        (tmp_path / "arguments").unlink(missing_ok=True)
         command = ["bash", tmp_path / "launch/quickstart.sh", *overrides]
         result = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=60)
         assert result.returncode == launcher_exit, result.stderr
+        assert "quickstart.sh: line" not in result.stderr
         return result.stdout, (tmp_path / "arguments").read_text().split()
 
     run.folder = tmp_path
@@ -62,6 +64,22 @@ def test_gpus_that_do_not_divide_the_batch_are_left_out_and_named(quickstart, gp
 def test_visible_devices_are_kept_to(quickstart):
     _, arguments = quickstart(gpus=2, visible="3,5")
     assert value(arguments, "--include") == "localhost:3,5"
+
+
+@pytest.mark.parametrize("batch", ["null", "many"])
+def test_a_batch_that_is_no_number_is_left_to_train_py(quickstart, batch):
+    _, arguments = quickstart(f"train.global_batch_size={batch}", gpus=5)
+    assert value(arguments, "--include") == "localhost:0,1,2,3,4" and arguments[-1] == f"train.global_batch_size={batch}"
+
+
+@pytest.mark.parametrize("devices", ["GPU-8932f937-d72c,GPU-1132f937-d72d", "MIG-GPU-8932f937/1/0,MIG-GPU-8932f937/2/0"])
+def test_devices_named_by_uuid_are_refused_with_the_remedy(quickstart, devices):
+    command = ["bash", quickstart.folder / "launch/quickstart.sh"]
+    environment = {"PATH": os.environ["PATH"], "GPUS": "2", "CUDA_VISIBLE_DEVICES": devices}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and not (quickstart.folder / "arguments").exists()
+    (message,) = result.stderr.splitlines()
+    assert devices in message and "CUDA_VISIBLE_DEVICES=0,1" in message
 
 
 def test_a_run_is_never_overwritten(quickstart):

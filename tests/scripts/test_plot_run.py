@@ -16,7 +16,6 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "plot_run.py"
 
 def write_run(run_dir: Path, name: str = "a-run", steps: int = 40, corpus: str = "abc") -> Path:
     with RunRecorder(run_dir, info={"corpus_sha256": corpus}, wandb_mode="disabled", wandb_project="p", run_name=name) as run:
-        run.record({"step": 0, "val_loss": 5.6})
         for step in range(1, steps + 1):
             row = {"step": step, "tokens": 1000 * step, "flops": 10**12 * step, "elapsed_seconds": 36.0 * step}
             row |= {"loss": 5.0 / step, "tokens_per_second_per_gpu": 500.0}
@@ -48,8 +47,7 @@ def test_each_x_axis(tmp_path, x, last):
     figure = draw([Run("a-run", {}, info)], x, None)
     raw, smooth, validation = figure.axes[0].lines
     assert raw.get_xdata()[-1] == smooth.get_xdata()[-1] == pytest.approx(last)
-    # The untrained model's evaluation lies at the origin although its row names no tokens, FLOPs or seconds.
-    assert validation.get_xdata()[0] == 0 and validation.get_ydata()[0] == 5.6 and len(validation.get_xdata()) == 5
+    assert validation.get_xdata()[-1] == pytest.approx(last) and len(validation.get_xdata()) == 4
 
 
 def rows_of(run_dir: Path) -> list[dict]:
@@ -121,6 +119,7 @@ def write(name, text):
         (write("metrics.jsonl", ""), "is empty"),
         (write("metrics.jsonl", '{"step": 1}\n{"st\n{"step": 3}\n'), "line 2 is damaged"),
         (write("metrics.jsonl", '{"step": 1, "loss": 2.0}\n'), "no 'tokens'"),
+        (write("metrics.jsonl", '{"step": 0, "loss": 2.0}\n'), "no 'tokens'"),
         (write("metrics.jsonl", '{"step": 1, "tokens": 1, "loss": "high"}\n'), "not a number"),
     ],
 )

@@ -18,8 +18,8 @@ SCRIPT = Path(prepare_data.__file__)
 def documents_of(corpus, split):
     """Texts of a split, cut at end of text."""
     tokens = np.concatenate([np.fromfile(corpus.folder / shard["name"], "<u2") for shard in corpus.manifest["splits"][split]["shards"]])
-    ends = np.flatnonzero(tokens == corpus.end_of_text)
     tokenizer = load_tokenizer(corpus.tokenizer_name)
+    ends = np.flatnonzero(tokens == tokenizer.end_of_text)
     return [tokenizer.decode(part) for part in np.split(tokens, ends + 1)[:-1]]
 
 
@@ -35,6 +35,7 @@ def texts(tmp_path):
     (folder / "latin.txt").write_bytes("é".encode("latin-1"))
     (folder / "binary.txt").write_bytes(b"a\0b")
     (folder / "empty.txt").write_bytes(b" \n")
+    (folder / "dangling.txt").symlink_to("nowhere")
     (folder / ".git" / "config").write_text("hidden")
     return folder
 
@@ -81,7 +82,7 @@ def test_a_play_becomes_scenes_of_plain_text():
 
 def test_a_folder_gives_a_document_for_each_text_file_and_says_what_it_left_out(texts, tmp_path, capsys):
     assert prepare("--source", texts, "--out", tmp_path / "out") == 0
-    assert "left out: 1 duplicate, 1 empty, 1 hidden, 2 not UTF-8 text" in capsys.readouterr().err
+    assert "left out: 1 duplicate, 1 empty, 1 hidden, 2 not UTF-8 text, 1 not a file" in capsys.readouterr().err
     corpus = Corpus.open(tmp_path / "out")
     corpus.verify()
     train, validation = documents_of(corpus, "train"), documents_of(corpus, "validation")
@@ -221,6 +222,16 @@ def test_installed_packages_are_found_through_pythonpath_and_the_project_is_not(
     groups = {line.split(" ")[0] for line in lines}
     assert {"python", "numpy", "A-Package"} <= groups
     assert len(lines) == len(set(lines)) and not any(str(SCRIPT) in line for line in lines)
+
+
+def test_a_dangling_link_among_the_packages_is_left_out(tmp_path, monkeypatch):
+    (tmp_path / "apackage").mkdir()
+    (tmp_path / "apackage" / "code.py").write_text("x = 1\n")
+    (tmp_path / "apackage" / "dangling.py").symlink_to("nowhere.py")
+    monkeypatch.setattr(prepare_data.sysconfig, "get_path", lambda _: str(tmp_path))
+    monkeypatch.setattr(prepare_data, "package_folders", list)
+    documents, left_out = prepare_data.python_source().read()
+    assert [document.name for document in documents] == ["python/apackage/code.py"] and left_out == {"not a file": 1}
 
 
 def test_python_source_is_split_by_package(tmp_path):

@@ -33,6 +33,19 @@ def test_table_and_json(run_dir, tmp_path):
     assert run["steps"]["loss"][0] == 4.9 and len(run["steps"]["lr"]) == 9
 
 
+def test_losses_that_are_not_finite_are_valid_json(run_dir, tmp_path):
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows[-1] |= {"loss": "NaN", "val_loss": "Infinity"}
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    subprocess.run([*COMMAND, run_dir, "--out", tmp_path / "runs.json"], capture_output=True, text=True, check=True)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    (run,) = json.loads((tmp_path / "runs.json").read_text(), parse_constant=refuse)
+    assert run["steps"]["loss"][-1] == "NaN" and run["validation"][0]["val_loss"] == "Infinity"
+
+
 def test_a_folder_without_a_run_and_a_run_too_short_are_named(run_dir, tmp_path):
     done = subprocess.run([*COMMAND, tmp_path], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith(f"{tmp_path}: not a run's folder")
@@ -40,3 +53,6 @@ def test_a_folder_without_a_run_and_a_run_too_short_are_named(run_dir, tmp_path)
     (run_dir / "metrics.jsonl").write_text("".join(lines[:4]))
     done = subprocess.run([*COMMAND, run_dir], capture_output=True, text=True)
     assert done.returncode == 2 and "4 steps" in done.stderr and "Traceback" not in done.stderr
+    (run_dir / "metrics.jsonl").unlink()
+    done = subprocess.run([*COMMAND, run_dir], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == f"{run_dir}: not a run's folder (No such file or directory: metrics.jsonl)\n"

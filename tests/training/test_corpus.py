@@ -1,9 +1,10 @@
+import json
 import re
 
 import numpy as np
 import pytest
 
-from training.corpus import Corpus, CorpusError, token_dtype, write_corpus
+from training.corpus import Corpus, CorpusError, _corpus_sha256, token_dtype, write_corpus
 from training.tokenizers import ByteTokenizer, load_tokenizer
 
 TRAIN = [f"train document {i} " * (i + 1) for i in range(7)]
@@ -48,7 +49,7 @@ def test_manifest_counts_documents_tokens_and_bytes(corpus):
     split = corpus.split("validation")
     text_bytes = sum(len(text.encode()) for text in VALIDATION)
     assert (split.documents, split.tokens, split.text_bytes) == (2, text_bytes + 2, text_bytes)
-    assert (corpus.tokenizer_name, corpus.vocab_size, corpus.end_of_text) == ("bytes", 257, 256)
+    assert (corpus.tokenizer_name, corpus.vocab_size, corpus.manifest["tokenizer"]["end_of_text"]) == ("bytes", 257, 256)
     np.testing.assert_array_equal(corpus.token_bytes, load_tokenizer("bytes").token_bytes())
     assert corpus.manifest["provenance"] == {"source": "here"}
 
@@ -129,7 +130,7 @@ def test_a_folder_with_other_files_is_never_overwritten(corpus, tmp_path):
 def test_an_intact_corpus_verifies_and_fits(corpus):
     corpus.verify()
     corpus.check_fits(model_vocab_size=257, sequence_length=8)
-    corpus.check_fits(model_vocab_size=320, sequence_length=corpus.split("validation").tokens - 1, tokenizer_name="bytes")
+    corpus.check_fits(model_vocab_size=320, sequence_length=corpus.split("validation").tokens - 1)
 
 
 def test_a_missing_corpus_is_answered_with_the_command_that_prepares_it(tmp_path):
@@ -157,6 +158,53 @@ def test_a_damaged_manifest_is_refused(corpus):
         path.write_text(text)
         with pytest.raises(CorpusError, match=f"manifest.json: {message}.*prepare the corpus again"):
             Corpus.open(corpus.folder)
+
+
+def alter(corpus, path, change, *, rehash):
+    """Apply `change` to the value at the dotted `path` of the manifest, or remove it if `change` is None."""
+    manifest = json.loads(json.dumps(corpus.manifest))
+    *parents, key = [int(part) if part.isdigit() else part for part in path.split(".")]
+    entry = manifest
+    for part in parents:
+        entry = entry[part]
+    if change is None:
+        del entry[key]
+    else:
+        entry[key] = change(entry[key])
+    if rehash:
+        manifest["corpus_sha256"] = _corpus_sha256(manifest)
+    (corpus.folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("path", [
+    *(f"splits.{split}.{count}" for split in ("train", "validation") for count in ("tokens", "documents", "text_bytes")),
+    "splits.train.shards.0.tokens", "splits.train.shards.0.documents", "tokenizer.end_of_text",
+])
+def test_the_hash_covers_every_count(corpus, path):
+    alter(corpus, path, lambda count: count * 3, rehash=False)
+    with pytest.raises(CorpusError, match="manifest.json: altered since it was written"):
+        Corpus.open(corpus.folder)
+
+
+@pytest.mark.parametrize("count", ["tokens", "documents"])
+def test_counts_that_do_not_add_up_are_refused(corpus, count):
+    alter(corpus, f"splits.train.{count}", lambda total: total * 3, rehash=True)
+    total = corpus.manifest["splits"]["train"][count]
+    message = f"manifest.json: splits.train.{count} is {3 * total}, its shards hold {total}; prepare the corpus again"
+    with pytest.raises(CorpusError, match=message):
+        Corpus.open(corpus.folder)
+
+
+@pytest.mark.parametrize("path", [
+    *(f"splits.validation{key}" for key in ("", ".tokens", ".documents", ".text_bytes", ".shards")),
+    *(f"splits.train.shards.0.{key}" for key in ("name", "tokens", "documents", "sha256", "documents_sha256")),
+    *(f"tokenizer.{key}" for key in ("name", "vocab_size", "sha256", "token_bytes_sha256")),
+    "prepare_command", "provenance",
+])
+def test_a_manifest_that_lacks_an_entry_is_refused_when_the_corpus_opens(corpus, path):
+    alter(corpus, path, None, rehash=True)
+    with pytest.raises(CorpusError, match=r"manifest.json: not a corpus manifest \(KeyError.*prepare the corpus again"):
+        Corpus.open(corpus.folder)
 
 
 @pytest.mark.parametrize("name", ["train_00001.bin", "train_00001.documents.npy", "token_bytes.npy"])
@@ -203,8 +251,6 @@ def test_check_fits_names_what_does_not_fit(corpus):
         corpus.check_fits(model_vocab_size=257, sequence_length=24)
     with pytest.raises(CorpusError, match="train split"):
         corpus.check_fits(model_vocab_size=257, sequence_length=100_000)
-    with pytest.raises(CorpusError, match="'bytes', the run asks for 'gpt2'"):
-        corpus.check_fits(model_vocab_size=257, sequence_length=8, tokenizer_name="gpt2")
 
 
 def test_check_fits_refuses_another_tokenizer_of_the_same_name(tmp_path):

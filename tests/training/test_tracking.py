@@ -1,4 +1,6 @@
 import io
+import errno
+import fcntl
 import json
 import logging
 import math
@@ -89,17 +91,47 @@ def test_a_directory_with_metrics_is_not_written_to(tmp_path):
     assert json.loads((tmp_path / "run.json").read_text())["first"] == 1
 
 
+def test_of_two_runs_started_together_one_is_refused(tmp_path):
+    first = recorder(tmp_path, info={"first": 1})
+    with pytest.raises(ValueError, match="another run is writing it at this moment; choose another run.name"):
+        recorder(tmp_path, info={"second": 2})
+    first.record(row(1))
+    first.finish()
+    assert json.loads((tmp_path / "run.json").read_text())["first"] == 1
+    assert len(read_metrics(tmp_path)[0]) == 1
+
+
+def test_a_run_killed_before_its_first_row_stands_in_nobodys_way(tmp_path):
+    code = (
+        "import os, signal; from pathlib import Path; from training.tracking import RunRecorder\n"
+        f"run = RunRecorder(Path({str(tmp_path)!r}), info={{}}, wandb_mode='disabled', wandb_project='p', run_name='n')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert run_python(code).returncode == -9 and (tmp_path / "metrics.jsonl").exists()
+    recorder(tmp_path).finish()
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with recorder(tmp_path) as run:
+        run.record(row(1))
+    assert "metrics.jsonl cannot be locked (Operation not supported)" in caplog.text
+    with pytest.raises(ValueError, match="already holds the metrics of a run"):
+        recorder(tmp_path)
+
+
 def test_offline_writes_the_same_rows_to_a_wandb_file(tmp_path):
     with recorder(tmp_path, "offline", info={"config": {"lr": 0.25}}) as run:
-        run.record({"step": 0, "tokens": 0, "val_loss": 9.5})
-        run.record(row(1))
+        run.record(row(1, val_loss=9.5))
         run.record(row(2, loss=math.nan))
-    assert [r["step"] for r in read_metrics(tmp_path)[0]] == [0, 1, 2]
+    assert [r["step"] for r in read_metrics(tmp_path)[0]] == [1, 2]
     (wandb_file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     stored = stored_by_wandb(wandb_file)
     assert stored["history"] == [
-        {"step": 0, "tokens": 0, "val_loss": 9.5},
-        {"step": 1, "tokens": 100, "loss": 4.0},
+        {"step": 1, "tokens": 100, "loss": 4.0, "val_loss": 9.5},
         {"step": 2, "tokens": 200, "loss": "NaN"},
     ]
     assert stored["config"]["config"] == {"lr": 0.25}
@@ -218,6 +250,7 @@ def test_environment_names_commit_and_dirty_files(tmp_path, monkeypatch):
     repository = tmp_path.resolve() / "repository"
     repository.mkdir()
     monkeypatch.setattr(tracking, "_REPOSITORY", repository)
+    monkeypatch.delenv("GIT_SHA", raising=False)
     assert (collect_environment()["git_sha"], collect_environment()["git_dirty"]) == (None, None)
     git(repository, "init", "-q")
     (repository / "file").write_text("one")
@@ -233,6 +266,18 @@ def test_environment_names_commit_and_dirty_files(tmp_path, monkeypatch):
     assert collect_environment()["git_sha"] is None
 
 
+def test_git_sha_of_the_environment_counts_outside_a_clone_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "_REPOSITORY", tmp_path.resolve())
+    monkeypatch.setenv("GIT_SHA", "abc123")
+    assert (collect_environment()["git_sha"], collect_environment()["git_dirty"]) == ("abc123", None)
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "commit", "-q", "--allow-empty", "-m", "first")
+    assert (collect_environment()["git_sha"], collect_environment()["git_dirty"]) == (git(tmp_path, "rev-parse", "HEAD"), False)
+    (tmp_path / "copy").mkdir()
+    monkeypatch.setattr(tracking, "_REPOSITORY", tmp_path.resolve() / "copy")
+    assert (collect_environment()["git_sha"], collect_environment()["git_dirty"]) == ("abc123", None)
+
+
 def test_environment_is_json_with_versions():
     import torch
 
@@ -240,6 +285,7 @@ def test_environment_is_json_with_versions():
     assert environment["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert environment["python"] == ".".join(map(str, sys.version_info[:3]))
     assert environment["gpu_count"] == torch.cuda.device_count()
+    assert environment["cudnn_version"] == torch.backends.cudnn.version()
     assert environment["date_utc"].endswith("+00:00")
 
 
@@ -268,17 +314,15 @@ def test_progress_in_a_log_file_is_one_line_every_n_steps():
 def test_progress_on_a_terminal_is_rewritten_in_place():
     stream = Terminal()
     progress = ProgressLine(3, stream=stream)
-    progress.update({"step": 0, "val_loss": 5.5, "val_perplexity": 244.69, "val_bits_per_byte": 7.93})
     progress.update(progress_row(1, mfu=None))
     progress.update(progress_row(2, val_loss=1.5, val_perplexity=4.48, val_bits_per_byte=2.16))
     progress.update(progress_row(3))
     progress.close()
     progress.close()
     shown = [line.split("\r\x1b[K")[-1] for line in stream.getvalue().split("\n")]
-    assert shown[0] == "step 0/3 | validation loss 5.5000 nats/token | perplexity 244.69 | 7.9300 bits/byte"
-    assert shown[1].startswith("step 2/3 | loss")
-    assert shown[2] == "step 2/3 | validation loss 1.5000 nats/token | perplexity 4.48 | 2.1600 bits/byte"
-    assert shown[3].startswith("step 3/3 | loss") and shown[4:] == [""]
+    assert shown[0].startswith("step 2/3 | loss")
+    assert shown[1] == "step 2/3 | validation loss 1.5000 nats/token | perplexity 4.48 | 2.1600 bits/byte"
+    assert shown[2].startswith("step 3/3 | loss") and shown[3:] == [""]
     assert "MFU - " in stream.getvalue()
 
 
