@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from training.config import Config, load_config
-from training.distributed import Ranks, UserFault, agree, join_process_group, leave_process_group, one_clear_message, output_to, together
+from training.distributed import Ranks, UserFault, agree, end_process, join_process_group, one_clear_message, output_to, together
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,7 +108,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
         (run_dir / "sample.txt").write_text(config.sample.prompt + text, encoding="utf-8")
         print(f"\n{config.sample.prompt}{text}\n\nvalidation loss {row['val_loss']:.4f} nats per token, {row['val_bits_per_byte']:.4f} bits per byte\n"
               f"metrics {run_dir / METRICS_FILE}", flush=True)
-    leave_process_group()
+    end_process()
 
 
 def make_run_dir(run_dir: Path) -> None:

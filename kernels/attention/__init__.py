@@ -1,5 +1,7 @@
 """Scaled dot-product attention behind one function, `attention`; every backend computes the same function of the same tensors."""
 
+import math
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -7,6 +9,7 @@ from torch.nn.attention import SDPBackend
 
 from kernels.attention.backends import BACKENDS, choose, sdpa, unsupported
 from kernels.attention.reference import eager, tiled
+from kernels.attention.tuning import compute_capability, read_compute_capability
 
 __all__ = ["BACKENDS", "attention", "choose", "unsupported"]
 
@@ -21,14 +24,15 @@ def attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale * Q K^T) V for every head, differentiable in q, k and v (Vaswani et al. 2017, equation 1).
+    """softmax(scale * Q K^T) V for every head, differentiable once in q, k and v (Vaswani et al. 2017, equation 1).
 
     q: [batch, seq_q, heads, head_dim]; k, v: [batch, seq_k, kv_heads, head_dim], heads a multiple of kv_heads: query head h reads key head
     h // (heads / kv_heads) (grouped-query attention). One dtype: float16, bfloat16 or float32 (`eager`, `tiled` and `sdpa` also take
     float64). Strided views, such as slices of a packed projection, are read in place; only a last dimension that is not dense is copied.
 
     causal: query i sees the keys j <= i + seq_k - seq_q (the last query sees all). A query that sees nothing gives 0, a log-sum-exp of
-    -inf and zero gradients. scale: above 0; default head_dim ** -0.5. backend: a name in `backends.BACKENDS`, or "auto" (see `choose`).
+    -inf and zero gradients. scale: above 0 and finite; default head_dim ** -0.5. backend: a name in `backends.BACKENDS`, or "auto",
+    which chooses at each call, by that call's tensors and arguments (see `choose`). torch.autocast does not reach inside.
 
     Returns the output [batch, seq_q, heads, head_dim] in q's dtype; with return_lse also the natural log-sum-exp of the scaled scores
     [batch, heads, seq_q], float32 (float64 for float64 inputs), differentiable too. ValueError when shapes do not fit together or the
@@ -37,14 +41,14 @@ def attention(
     _check_shapes(q, k, v)
     head_dim = q.shape[3]
     scale = head_dim**-0.5 if scale is None else scale
-    if not scale > 0:
-        raise ValueError(f"attention: scale must be above 0, got {scale}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"attention: scale must be above 0 and finite, got {scale}")
     asked = dict(
         device_type=q.device.type,
         dtype=q.dtype,
         head_dim=head_dim,
         compute_capability=_compute_capability(q.device),
-        grouped=q.shape[2] != k.shape[2],
+        grouped=True if q.shape[2] != k.shape[2] else False,  # a bool, where torch.compile has symbolic sizes
         unequal_causal=causal and q.shape[1] != k.shape[1],
         return_lse=return_lse,
     )
@@ -52,25 +56,31 @@ def attention(
         backend, _ = choose(**asked)
     elif reason := unsupported(backend, **asked):
         raise ValueError(reason)
-    out, lse = _IMPLEMENTATIONS[backend](q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+    device_type = q.device.type
+    # Autocast would change some operations of some backends: all of them compute in the dtype that they are given.
+    with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
+        out, lse = _IMPLEMENTATIONS[backend](q, k, v, causal=causal, scale=scale, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
 def _compute_capability(device):
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)  # torch.compile folds this call, and not get_device_capability
-    return properties.major, properties.minor
+    return read_compute_capability(device) if torch.compiler.is_compiling() else compute_capability(device)
 
 
 def _check_shapes(q, k, v):
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    wrong = None
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"attention: q, k and v are [batch, seq, heads, head_dim], got {shapes}")
-    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q, k and v must agree in batch and head_dim, k and v in all dimensions, got {shapes}")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: the number of query heads must be a multiple of the number of key heads, got {shapes}")
+        wrong = "q, k and v are [batch, seq, heads, head_dim]"
+    elif k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        wrong = "q, k and v must agree in batch and head_dim, k and v in all dimensions"
+    elif k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        wrong = "the number of query heads must be a multiple of the number of key heads"
+    elif q.shape[3] == 0:
+        wrong = "head_dim must be above 0"
+    if wrong:
+        raise ValueError(f"attention: {wrong}, got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         got = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
         raise ValueError(f"attention: q, k and v must share dtype and device, got {got}")

@@ -13,7 +13,10 @@ from kernels.attention.masks import causal_mask
 
 HALF = (torch.float16, torch.bfloat16)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it at import too: setting it later has no effect
+# The values that Triton takes for true. It reads them when the kernels are defined: setting the variable later has no effect.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+# Compute capabilities of which PyTorch's flash kernel computes some head_dims without gradients.
+SMALL_SHARED_MEMORY = ((8, 6), (8, 7), (8, 9), (12, 0), (12, 1))
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Capabilities:
     compute_capability: tuple[int, int] = (0, 0)  # the least, on CUDA
     dtypes: tuple[torch.dtype, ...] = (*HALF, torch.float32, torch.float64)
     head_dims: range = range(1, 65536)
+    no_gradient: range = range(0)  # head_dims refused on SMALL_SHARED_MEMORY
     grouped: bool = True  # fewer key heads than query heads
     unequal_causal: bool = True  # causal with seq_q != seq_k
     lse: bool = False  # returns the log-sum-exp
@@ -34,7 +38,7 @@ BACKENDS = {
     "tiled": Capabilities(lse=True),
     "sdpa": Capabilities(),
     "sdpa_cudnn": Capabilities(("cuda",), (8, 0), HALF, range(8, 129, 8), unequal_causal=False),
-    "sdpa_flash": Capabilities(("cuda",), (8, 0), HALF, range(8, 257, 8), unequal_causal=False),
+    "sdpa_flash": Capabilities(("cuda",), (8, 0), HALF, range(8, 257, 8), range(200, 225, 8), unequal_causal=False),
     "sdpa_efficient": Capabilities(("cuda",), (5, 0), (*HALF, torch.float32), range(8, 65536, 8), grouped=False),
     "triton": Capabilities(("cpu", "cuda") if INTERPRETED else ("cuda",), (8, 0), (*HALF, torch.float32), range(16, 257), lse=True),
 }
@@ -74,7 +78,12 @@ def choose(
 ) -> tuple[str, str]:
     """What "auto" means: (backend, why). Arguments as in `unsupported`. ValueError when no backend can do it."""
     asked = dict(device_type=device_type, dtype=dtype, head_dim=head_dim, compute_capability=compute_capability, **asked)
-    not_triton = "triton is for GPUs" if device_type == "cpu" else unsupported("triton", **asked)
+    if device_type == "cpu":
+        not_triton = "triton is for GPUs"
+    elif INTERPRETED:
+        not_triton = "TRITON_INTERPRET is set: triton would run on the CPU"
+    else:
+        not_triton = unsupported("triton", **asked)
     if not_triton is None:
         return "triton", "our kernel runs on this device, dtype and head_dim"
     not_sdpa = unsupported("sdpa", **asked)
@@ -93,15 +102,17 @@ def _unmet_need(backend, device_type, dtype, head_dim, compute_capability, group
     if device_type not in can.devices:
         hint = " (on the CPU only Triton's interpreter runs it: TRITON_INTERPRET=1, for tests)" if backend == "triton" else ""
         return f"runs on {' and '.join(can.devices)}, not on {device_type}{hint}"
-    if backend == "triton" and device_type == "cpu" and dtype is torch.bfloat16:
+    if backend == "triton" and INTERPRETED and dtype is torch.bfloat16:
         return "is wrong in bfloat16 under TRITON_INTERPRET=1 (the interpreter multiplies the raw bits; float16 and float32 are right)"
     if device_type == "cuda" and compute_capability is not None and compute_capability < can.compute_capability:
         return f"needs compute capability {_dotted(can.compute_capability)}, and this GPU has {_dotted(compute_capability)}"
     if dtype not in can.dtypes:
         return f"needs {' or '.join(_name(d) for d in can.dtypes)}, not {_name(dtype)}"
-    if head_dim not in can.head_dims:
+    if not _within(head_dim, can.head_dims):
         multiple = f", a multiple of {can.head_dims.step}" if can.head_dims.step > 1 else ""
         return f"needs head_dim from {can.head_dims[0]} to {can.head_dims[-1]}{multiple}, not {head_dim}"
+    if compute_capability in SMALL_SHARED_MEMORY and _within(head_dim, can.no_gradient):
+        return f"has no gradients for head_dim {head_dim} on compute capability {_dotted(compute_capability)}"
     if grouped and not can.grouped:
         return "needs as many key heads as query heads"
     if unequal_causal and not can.unequal_causal:
@@ -109,6 +120,11 @@ def _unmet_need(backend, device_type, dtype, head_dim, compute_capability, group
     if return_lse and not can.lse:
         return "does not return the log-sum-exp"
     return None
+
+
+def _within(number, numbers: range) -> bool:
+    """`number in numbers`, for a number that torch.compile may have made symbolic."""
+    return numbers.start <= number < numbers.stop and (number - numbers.start) % numbers.step == 0
 
 
 def _dotted(compute_capability):
@@ -126,6 +142,10 @@ def sdpa(q, k, v, *, causal: bool, scale: float, return_lse: bool, kernel: SDPBa
     if causal and seq_q > seq_k:  # the first queries see nothing: they give 0, and the rest is the square problem
         out, _ = sdpa(q[:, seq_q - seq_k :], k, v, causal=True, scale=scale, return_lse=False, kernel=kernel)
         return pad(out, (0, 0, 0, 0, seq_q - seq_k, 0)), None
+    if not (q.numel() and k.numel()):
+        kernel = SDPBackend.MATH  # the others refuse empty tensors
+    elif kernel is not None:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as all named kernels require
     # is_causal aligns the first query with the first key, which is our definition for equal lengths alone.
     mask = causal_mask(range(seq_q), range(seq_k), seq_k - seq_q, q.device) if causal and seq_q != seq_k else None
     with sdpa_kernel(kernel) if kernel is not None else nullcontext():
@@ -134,6 +154,6 @@ def sdpa(q, k, v, *, causal: bool, scale: float, return_lse: bool, kernel: SDPBa
             attn_mask=mask,
             is_causal=causal and mask is None,
             scale=scale,
-            enable_gqa=q.shape[2] != k.shape[2],
+            enable_gqa=True if q.shape[2] != k.shape[2] else False,  # a bool, where torch.compile has symbolic sizes
         )
     return out.transpose(1, 2), None

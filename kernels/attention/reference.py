@@ -8,7 +8,8 @@ import torch
 
 from kernels.attention.masks import causal_mask
 
-TILE = 128  # queries, and keys, per tile: memory beyond inputs and outputs is O(TILE^2) a head
+# Queries, and keys, per tile. Memory beyond inputs and outputs: O(TILE^2) a head; the backward adds the whole dQ in float32.
+TILE = 128
 
 
 def eager(q, k, v, *, causal: bool, scale: float, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -32,7 +33,10 @@ def eager(q, k, v, *, causal: bool, scale: float, return_lse: bool) -> tuple[tor
 
 
 def tiled(q, k, v, *, causal: bool, scale: float, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """FlashAttention-2 tile by tile, O(seq) memory: the online softmax forward, recomputation backward. Shapes as in `attention`."""
+    """FlashAttention-2 tile by tile, O(seq) memory: the online softmax forward, recomputation backward. Shapes as in `attention`.
+
+    The Triton kernels do the same with exp2 in place of exp: their scores and row maxima carry a factor of log2(e).
+    """
     out, lse = _Tiled.apply(q, k, v, causal, scale)
     return out, lse if return_lse else None
 
@@ -54,7 +58,7 @@ def _tiled_forward(q, k, v, causal, scale):
     """FlashAttention-2, Algorithm 1. The line numbers in the comments are the paper's."""
     (batch, seq_q, heads, _), (seq_k, kv_heads) = q.shape, k.shape[1:3]
     out, lse = q.new_empty(q.shape), q.new_empty(batch, heads, seq_q, dtype=_accumulator(q.dtype))
-    q, o, k, v = (_by_group(x, kv_heads) for x in (q, out, k, v))
+    q, o, k, v = (_by_group(x, kv_heads) for x in (q, out, k, v))  # views: what is written to o is in out, and to lse_rows in lse
     lse_rows = lse.unflatten(1, (kv_heads, -1)).unsqueeze(-1)
 
     for queries in _tiles(0, seq_q):
@@ -81,13 +85,15 @@ def _tiled_backward(q, k, v, out, lse, dout, dlse, causal, scale):
 
     The softmax's gradient is dS = P * (dP - D), D = rowsum(P * dP) = rowsum(dO * O) (section 3.1): D needs the whole row, and O holds it.
     As dL/dS = P, a gradient of L adds P * dL: it is D - dL that is subtracted.
+
+    Names: dq, dk, dv are whole gradients, dk_j and dv_j a tile's sums; do is dout with its heads by group, do_i a tile of it.
     """
     kv_heads, seq_q, seq_k = k.shape[2], q.shape[1], k.shape[1]
     delta = ((dout.to(lse.dtype) * out).sum(dim=-1).transpose(1, 2) - dlse).unflatten(1, (kv_heads, -1)).unsqueeze(-1)  # line 4
     lse = lse.unflatten(1, (kv_heads, -1)).unsqueeze(-1)
-    dtype = q.dtype
     q, k, v, do = (_by_group(x, kv_heads) for x in (q, k, v, dout))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+    dq = q.new_zeros(q.shape, dtype=lse.dtype)  # summed up over the key tiles; dk and dv are written once
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
 
     for keys in _tiles(0, seq_k):
         k_j, v_j = _load(k, keys), _load(v, keys)
@@ -103,7 +109,7 @@ def _tiled_backward(q, k, v, out, lse, dout, dlse, causal, scale):
             dk_j += scale * (ds.mT @ q_i).sum(dim=2, keepdim=True)  # line 16
         dk[..., keys.start : keys.stop, :] = dk_j
         dv[..., keys.start : keys.stop, :] = dv_j
-    return tuple(x.flatten(1, 2).transpose(1, 2).to(dtype) for x in (dq, dk, dv))
+    return tuple(x.flatten(1, 2).transpose(1, 2) for x in (dq.to(q.dtype), dk, dv))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

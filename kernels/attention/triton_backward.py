@@ -22,7 +22,7 @@ def row_kernel(
     dout_batch, dout_row, dout_head, out_batch, out_row, out_head,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """lse_log2 = L log2(e) and delta = rowsum(dO * O) - dL, both [batch, heads, seq_q] float32; dlse may be None."""
+    """lse_log2 = L log2(e) and delta = rowsum(dO * O) - dL (0 where L is -inf), both [batch, heads, seq_q] float32; dlse may be None."""
     tiles = tl.cdiv(seq_q, BLOCK_M)
     first_query = tl.program_id(0) % tiles * BLOCK_M
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -35,8 +35,11 @@ def row_kernel(
     row_M = batch_head * seq_q + query_M
     if dlse is not None:
         delta_M -= tl.load(dlse + row_M, mask=query_M < seq_q, other=0.0)
+    lse_M = tl.load(lse + row_M, mask=query_M < seq_q)
+    # A query that saw nothing has P = 0, but 0 * NaN is NaN, and the gradient of its -inf may be that (logaddexp's is).
+    delta_M = tl.where(lse_M == -float("inf"), 0.0, delta_M)
     tl.store(delta + row_M, delta_M, mask=query_M < seq_q)
-    tl.store(lse_log2 + row_M, tl.load(lse + row_M, mask=query_M < seq_q) * log2_e, mask=query_M < seq_q)
+    tl.store(lse_log2 + row_M, lse_M * log2_e, mask=query_M < seq_q)
 
 
 @triton.jit
@@ -99,7 +102,7 @@ def dkdv_kernel(
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
 
-    # Queries before `begin` see no key of the tile, those from `full` on see all of them.
+    # Queries before `begin` see no key of the tile, those from `full` on see all of them; `full` may lie past seq_q, and then none do.
     begin = 0
     full = 0
     if CAUSAL:

@@ -49,9 +49,9 @@ def store_rows(base, row_stride, first_row, rows, x, HEAD_DIM: tl.constexpr, ROW
 def visible(query, key, seq_q, seq_k, CAUSAL: tl.constexpr):
     """Whether the query may see the key; both broadcastable index tensors. Keys past the end are hidden."""
     if CAUSAL:
-        # A query before the end sees no key past it, and queries past the end are never stored.
+        # A query before the end sees no key past it. One past the end is not stored, or, summed over in dkdv, has dO = 0 and delta 0.
         return key <= query + (seq_k - seq_q)
-    return (key < seq_k) & (query >= 0)
+    return (key < seq_k) & (query >= 0)  # query >= 0 is always so: it broadcasts the mask to the tile
 
 
 @triton.jit

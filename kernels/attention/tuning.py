@@ -1,5 +1,6 @@
 """Tile sizes: a checked-in table, GPU generation x pass x dtype x head_dim. No tuning at run time, so every rank runs the same kernel."""
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -52,11 +53,19 @@ def generation(compute_capability: tuple[int, int]) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_86")
 
 
+def read_compute_capability(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)  # torch.compile folds this call, and not get_device_capability
+    return properties.major, properties.minor
+
+
+compute_capability = cache(read_compute_capability)
+
+
 def tile(device: torch.device, which: str, dtype: torch.dtype, head_dim: int) -> Tile:
     """The tile of the pass `which` ("forward", "dkdv" or "dq") on this device; on the CPU, the interpreter's."""
     if device.type == "cpu":
         return _INTERPRETER
-    return tile_for(generation(torch.cuda.get_device_capability(device)), which, dtype, head_dim)
+    return tile_for(generation(compute_capability(device)), which, dtype, head_dim)
 
 
 def tile_for(arch: str, which: str, dtype: torch.dtype, head_dim: int) -> Tile:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comparison import Case, check, fresh_seed, run
+from comparison import Case, check, check_dynamic_shapes, fresh_seed, run
 
 from kernels.attention import BACKENDS, attention, choose, unsupported
 
@@ -60,28 +60,50 @@ def test_every_other_backend_computes_the_same_function(backend, seq_q, seq_k):
             check(backend, case)
 
 
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("sdpa_")])
+def test_named_kernels_take_strides_and_lengths_that_pytorch_refuses(backend):
+    case = gpu_case(512, 512, kv_heads=4)
+    q, k, v, dout, dlse = case.tensors(fresh_seed())
+    last_not_dense = v.transpose(1, 3).contiguous().transpose(1, 3)
+    check(backend, case, tensors=(q, k, last_not_dense, dout, dlse))
+    for seq_q, seq_k in ((0, 0), (0, 5), (5, 0)):
+        check(backend, gpu_case(seq_q, seq_k, kv_heads=4, causal=False))
+
+
+@pytest.mark.parametrize("backend", ["eager", "tiled", "sdpa", "triton"])
+def test_autocast_does_not_change_the_result(backend):
+    q, k, v, *_ = gpu_case(256, 256, dtype=torch.float32).tensors(fresh_seed())
+    expected = attention(q, k, v, backend=backend)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert torch.equal(attention(q, k, v, backend=backend), expected)
+
+
 def test_auto_is_triton_and_a_packed_projection_is_not_copied():
     batch, seq, heads, kv_heads, head_dim = 2, 1024, 8, 2, 128
-    packed = torch.randn(batch, seq, heads + 2 * kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    packed = torch.randn(batch, seq, heads + 2 * kv_heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     slices = packed.split([heads, kv_heads, kv_heads], dim=2)
     asked = dict(device_type="cuda", dtype=packed.dtype, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability())
     assert choose(**asked)[0] == "triton"
-    expected = attention(*(x.contiguous() for x in slices), backend="triton")
+    dense = [x.detach().contiguous().requires_grad_() for x in slices]
+    expected = attention(*dense, backend="triton")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = attention(*slices)
     peak = torch.cuda.max_memory_allocated() - before
     assert torch.equal(out, expected)
     assert peak <= out.nbytes + 4 * batch * heads * seq + 4096
+    dout = torch.randn_like(out)
+    assert torch.equal(torch.autograd.grad(out, packed, dout)[0], torch.cat(torch.autograd.grad(expected, dense, dout), dim=2))
 
 
-def test_memory_grows_linearly_with_length():
+@pytest.mark.parametrize("backend", ["triton", "tiled"])
+def test_memory_grows_linearly_with_length(backend):
     def peak(seq):
         q, k, v, dout, _ = gpu_case(seq, seq).tensors(0)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run("triton", gpu_case(seq, seq), q, k, v, dout)
+        run(backend, gpu_case(seq, seq), q, k, v, dout)
         return torch.cuda.max_memory_allocated() - before
 
     assert peak(16384) <= 4.1 * peak(4096)
@@ -118,6 +140,10 @@ def test_compiles_without_a_graph_break(backend):
     assert torch.equal(compiled, expected)
     for got, wanted in zip(torch.autograd.grad(compiled, inputs, dout), torch.autograd.grad(expected, inputs, dout)):
         assert torch.equal(got, wanted)
+
+
+def test_compiles_with_dynamic_shapes():
+    check_dynamic_shapes("triton", gpu_case(256, 256))
 
 
 def test_offsets_beyond_32_bits():

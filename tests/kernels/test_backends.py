@@ -1,11 +1,13 @@
 """The table of capabilities: what is refused and how, what "auto" chooses, and that the table does not promise what the code cannot do."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from comparison import Case, check_dynamic_shapes, fresh_seed, run
 
 from kernels.attention import BACKENDS, attention, choose, unsupported
 
@@ -33,6 +35,7 @@ def test_auto_takes_a_backend_that_returns_the_log_sum_exp_when_that_is_asked():
     [
         ("sdpa_flash", H100 | dict(dtype=torch.float32), "sdpa_flash needs float16 or bfloat16, not float32; use triton or sdpa"),
         ("sdpa_flash", CPU, "attention.backend=sdpa_flash runs on cuda, not on cpu; use sdpa or tiled"),
+        ("sdpa_flash", H100 | dict(compute_capability=(8, 9), head_dim=224), "no gradients for head_dim 224 on"),
         ("sdpa_cudnn", H100 | dict(head_dim=256), "needs head_dim from 8 to 128, a multiple of 8, not 256"),
         ("sdpa_cudnn", H100 | dict(unequal_causal=True), "needs queries and keys of the same length when causal"),
         ("sdpa_efficient", H100 | dict(grouped=True), "needs as many key heads as query heads"),
@@ -50,6 +53,11 @@ def test_a_refusal_names_the_reason_and_the_remedy(backend, asked, reason):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_on_a_recent_gpu_is_within_reach_of_every_backend(backend):
     assert unsupported(backend, **H100) is None and unsupported("auto", **H100) is None
+
+
+def test_pytorchs_flash_kernel_has_gradients_for_the_other_head_dims():
+    for capability, head_dim in (((8, 9), 192), ((8, 9), 256), ((12, 0), 256), ((9, 0), 224)):
+        assert unsupported("sdpa_flash", **H100 | dict(compute_capability=capability, head_dim=head_dim)) is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -80,12 +88,59 @@ def test_shapes_that_do_not_fit_are_refused(shapes, message):
         attention(*(torch.zeros(shape) for shape in shapes))
 
 
-def test_mixed_dtypes_and_a_scale_of_zero_are_refused():
+def test_a_head_dim_of_zero_is_refused():
+    with pytest.raises(ValueError, match=r"head_dim must be above 0, got q \[1, 4, 2, 0\]"):
+        attention(*(torch.zeros(1, 4, 2, 0) for _ in "qkv"))
+
+
+def test_mixed_dtypes_and_a_scale_of_zero_or_infinity_are_refused():
     q = torch.zeros(1, 2, 1, 16)
     with pytest.raises(ValueError, match="share dtype and device, got torch.float32"):
         attention(q, q.half(), q)
     with pytest.raises(ValueError, match="scale must be above 0"):
         attention(q, q, q, scale=0.0)
+    with pytest.raises(ValueError, match="scale must be above 0 and finite, got inf"):
+        attention(q, q, q, scale=math.inf)
+
+
+@pytest.mark.parametrize("backend", ["eager", "tiled", "sdpa"])
+def test_autocast_does_not_change_the_result(backend):
+    tensors = Case(20, 20).tensors(fresh_seed())[:4]
+    expected = run(backend, Case(20, 20), *tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(*tensors[:3], backend=backend)
+    assert torch.equal(out, expected["out"])
+
+
+def test_compiles_with_dynamic_shapes():
+    check_dynamic_shapes("sdpa", Case(18, 18), compiler="aot_eager")
+
+
+def test_compiles_under_autocast():
+    q, k, v, *_ = Case(18, 18).tensors(fresh_seed())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, k, v)
+    torch.testing.assert_close(out, attention(q, k, v))
+
+
+def test_triton_is_interpreted_where_triton_says_so():
+    program = """if True:
+        import importlib, os
+        from kernels.attention import backends
+        from triton import knobs
+        for value in ("1", "true", "ON", "Yes", "y", "0", "", "2"):
+            os.environ["TRITON_INTERPRET"] = value
+            assert importlib.reload(backends).INTERPRETED == knobs.runtime.interpret, value
+    """
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_interpreter_is_never_chosen_and_takes_no_bfloat16_on_any_device(monkeypatch):
+    monkeypatch.setattr("kernels.attention.backends.INTERPRETED", True)
+    assert "wrong in bfloat16 under TRITON_INTERPRET" in unsupported("triton", **H100)
+    assert unsupported("triton", **H100 | dict(dtype=torch.float16)) is None
+    backend, why = choose(**H100 | dict(dtype=torch.float16))
+    assert backend == "sdpa" and "TRITON_INTERPRET" in why
 
 
 def test_triton_is_not_imported_before_it_is_used():

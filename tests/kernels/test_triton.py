@@ -27,21 +27,44 @@ def start(command: list[str], tmp_path: Path, interpret: bool) -> subprocess.Pop
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def output(process: subprocess.Popen) -> str:
+def outputs(*processes: subprocess.Popen, seconds: float = 400) -> list[str]:
+    """What each of them printed; one that fails, or is not done in time, fails the test with what it printed. None outlives this call."""
+    texts = []
     try:
-        text, _ = process.communicate(timeout=400)
+        for process in processes:
+            try:
+                text, _ = process.communicate(timeout=seconds)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                text = process.communicate()[0] + f"(killed after {seconds} s)"
+            assert process.returncode == 0, text
+            texts.append(text)
     finally:
-        process.kill()
-    assert process.returncode == 0, text
-    return text
+        for process in processes:
+            process.kill()
+            process.wait()
+    return texts
+
+
+def test_processes_end_with_the_first_that_hangs_and_its_output_is_shown(tmp_path):
+    hang = ["-c", "import time; print('so far', flush=True); time.sleep(60)"]
+    processes = [start(hang, tmp_path, interpret=False) for _ in range(2)]
+    with pytest.raises(AssertionError, match="so far"):
+        outputs(*processes, seconds=2)
+    assert all(process.returncode is not None for process in processes)
 
 
 def test_interpreted(tmp_path):
-    print(output(start(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")], tmp_path, interpret=True)))
+    print(*outputs(start(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")], tmp_path, interpret=True)))
 
 
 def cases(arch: str) -> list[str]:
-    """Every row of the half-precision table (that of 16 is that of 64), and tails with a head_dim that is no power of two."""
+    """Every row of the half-precision table (that of 16 is that of 64), and tails with a head_dim that is no power of two.
+
+    sm_100 shares sm_90's tiles: its smallest and largest, to see that they compile there.
+    """
+    if arch == "sm_100":
+        return [f"{arch},bfloat16,{head_dim},causal,even" for head_dim in (64, 256)]
     return [*(f"{arch},bfloat16,{head_dim},causal,even" for head_dim in (64, 128, 256)), f"{arch},float16,80,full,odd"]
 
 
@@ -51,7 +74,7 @@ def compiled(tmp_path_factory) -> list[dict]:
     float32 = [*(f"sm_86,tfloat32,{head_dim},causal,even" for head_dim in HEAD_DIMS), "sm_86,float32,64,causal,even"]
     halves = [*cases("sm_80"), *cases("sm_86"), *float32], [*cases("sm_90"), *cases("sm_100")]
     processes = [start([str(HERE / "compile_kernels.py"), *half], tmp_path_factory.mktemp("triton"), interpret=False) for half in halves]
-    return [json.loads(line) for process in processes for line in output(process).splitlines() if line.startswith("{")]
+    return [json.loads(line) for text in outputs(*processes) for line in text.splitlines() if line.startswith("{")]
 
 
 def test_every_kernel_compiles_for_every_generation_within_its_shared_memory(compiled):

@@ -16,7 +16,7 @@ from model.gpt import GPT, IGNORED_LABEL, parameter_groups
 from training.batches import validation_batches
 from training.config import Config, load_config
 from training.corpus import Corpus, write_corpus
-from training.distributed import UserFault, agree, join_process_group, together
+from training.distributed import UserFault, agree, end_process, join_process_group, together
 from training.engine import build_engine, deepspeed_config, train_step, unread_keys
 from training.evaluation import evaluate, sample_text
 from training.schedule import learning_rate
@@ -226,7 +226,7 @@ def main() -> None:
         seen[name] = evaluation(out.parent / "corpus") if name == "evaluation" else CHECKS[name]()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(seen))
-    dist.destroy_process_group()
+    end_process()
 
 
 if __name__ == "__main__":
