@@ -1,4 +1,4 @@
-"""Starting programs under the DeepSpeed launcher, as users do, with two processes on the CPU unless told otherwise."""
+"""Starting programs under the DeepSpeed launcher, as users do, with two processes on the CPU."""
 
 import os
 import socket
@@ -9,16 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def deepspeed_run(program: str | Path, *arguments: str | Path, processes: int = 2, device: str = "cpu", timeout: float = 600,
-                  **environment: str) -> subprocess.CompletedProcess:
-    """Run ``deepspeed program arguments`` from the repository's root; returns its output and exit code."""
+def deepspeed_run(program: str | Path, *arguments: str | Path, processes: int = 2, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``deepspeed program arguments`` from the repository's root on CPU processes; returns its output and exit code."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", processes, "--master_port", port, program, *arguments]
-    on_cpu = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
-        env={**os.environ, **on_cpu, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path,
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path,
              "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment})

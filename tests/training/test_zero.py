@@ -4,7 +4,6 @@ import json
 import math
 
 import pytest
-import torch
 
 from tests.launching import deepspeed_run
 from tests.training.zero_worker import CHECKS
@@ -104,18 +103,3 @@ def test_what_fails_on_one_rank_is_raised_on_all(seen):
 
 def test_deepspeed_reads_every_key_it_is_given(seen):
     assert seen["deepspeed_keys"] == {"ours": [], "foreign": ["bogus", "enabled"]}
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_every_backend_and_stage_trains_as_plain_pytorch(tmp_path):
-    """One process with NCCL, fused AdamW and the real kernels; two processes where there are two GPUs."""
-    processes = min(2, torch.cuda.device_count())
-    done = deepspeed_run("tests/training/zero_worker.py", tmp_path / "seen.json", "grid,plain,bf16,bf16_gradient_error", processes=processes, device="cuda")
-    assert done.returncode == 0, done.stdout + done.stderr
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    for cell in seen["grid"].values():
-        assert_same_training(cell, seen["plain"], relative=2e-5)
-    for cell in seen["bf16"].values():
-        assert_same_training(cell, seen["plain"], relative=2e-3)
-    for stage, error in seen["bf16_gradient_error"].items():
-        assert error < 1e-4, stage

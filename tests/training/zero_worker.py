@@ -55,8 +55,7 @@ def train(config: Config, ignored: bool = False) -> dict:
     engine = build_engine(config)
     results = []
     for step in range(STEPS):
-        batch = [(tokens.to(engine.device), labels.to(engine.device)) for tokens, labels in micro_batches(config, step, ignored)]
-        results.append(train_step(engine, batch, step, config))
+        results.append(train_step(engine, micro_batches(config, step, ignored), step, config))
     engine.destroy()
     return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
 
@@ -67,13 +66,11 @@ def train_plainly(config: Config, ignored: bool = False) -> dict:
     model = GPT(config.model, attention_backend="eager")
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=tuple(o.betas), eps=o.eps)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model.to(device)
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config.train.steps, o)
-        tokens, labels = (x.to(device) for x in global_batch(config, step, ignored))
+        tokens, labels = global_batch(config, step, ignored)
         loss = model(tokens, labels) / (labels != IGNORED_LABEL).sum()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item())
@@ -104,7 +101,7 @@ def initial_weights() -> dict:
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters(parameter):
             stds[name] = parameter.detach().std(correction=0).item()
-            equal &= torch.equal(parameter.data.cpu(), plain[name].data)
+            equal &= torch.equal(parameter.data, plain[name].data)
     groups = parameter_groups(engine.module, 0.1)
     decayed = {id(p) for p in groups[0]["params"]}
     names = [name for name, p in engine.module.named_parameters() if id(p) in decayed]
@@ -161,7 +158,7 @@ def bf16_gradient_error(stage: int) -> float:
         config = configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}", "train.global_batch_size=null",
                            "train.micro_batch_size=1", f"train.gradient_accumulation_steps={accumulation}", "optimizer.grad_clip=0")
         engine = build_engine(config)
-        tokens, labels = (x[:1].to(engine.device) for x in global_batch(configure(), 0))
+        tokens, labels = (x[:1] for x in global_batch(configure(), 0))
         result = train_step(engine, [(tokens, labels)] * accumulation, 0, config)
         engine.destroy()
         return result.grad_norm
