@@ -153,8 +153,7 @@ class _Tree:
             self.faults.append(f"{file}: base: the file includes itself by way of {' -> '.join(p.name for p in including)}; remove one base")
             return
         try:
-            text = file.read_text(encoding="utf-8")
-            root = yaml.compose(text, Loader=_Loader)
+            root = yaml.compose(file.read_text(encoding="utf-8"), Loader=_Loader)
         except FileNotFoundError:
             self.faults.append(f"{file}: no such file; the shipped configurations are in configs/")
             return

@@ -6,13 +6,12 @@ import math
 import pytest
 
 from tests.launching import deepspeed_run
-from tests.training.zero_worker import CHECKS
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("zero") / "seen.json"
-    done = deepspeed_run("tests/training/zero_worker.py", out, ",".join([*CHECKS, "evaluation"]), TRITON_INTERPRET="1")
+    done = deepspeed_run("tests/training/zero_worker.py", out, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
@@ -87,7 +86,7 @@ def test_every_rank_samples_the_same_text(seen):
 
 
 def test_micro_batches_are_added_up_in_fp32(seen):
-    """64 equal micro batches have the gradient of one; added up in bf16 they were 1% off."""
+    """64 equal micro batches have the gradient of one; added up in bf16 its norm was 0.2% off."""
     for stage, error in seen["bf16_gradient_error"].items():
         assert error < 1e-4, stage
 
