@@ -55,7 +55,7 @@ else
 fi
 
 [ -e data/shakespeare-bytes/manifest.json ] || python scripts/prepare_data.py
-free_port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+free_port=$(python -c 'from training.distributed import free_port; print(free_port())')
 deepspeed --quiet "${placement[@]}" --master_port "$free_port" \
     train.py --config configs/quickstart.yaml "run.output_dir=$output_dir" "run.name=$name" "$@"
 python scripts/plot_run.py "$run_dir" --out "$run_dir/loss.png" >/dev/null

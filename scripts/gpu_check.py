@@ -8,7 +8,6 @@ Exit code 0: all passed; 1: something failed; 2: no GPU here.
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from training.distributed import free_port  # noqa: E402
 from training.tracking import collect_environment  # noqa: E402
 
 TIMEOUTS = {"tests": 180, "kernel_times": 60, "training": 60}  # seconds, together five minutes
@@ -135,11 +135,8 @@ def run_training(folder: Path, deadline: float) -> dict:
     """Thirty steps through the launcher on our kernel: it must end well and have learnt something."""
     corpus, runs = folder / "corpus", folder / "runs"
     prepare = [sys.executable, "scripts/prepare_data.py", "--source", "shakespeare", "--tokenizer", "bytes", "--out", corpus]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     train = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", port,
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", free_port(),
         "train.py", "--config", "configs/quickstart.yaml", "train.steps=30", "train.precision=bf16", "attention.backend=triton",
         f"data.corpus={corpus}", f"run.output_dir={runs}", "tracking.wandb=disabled",
     ]  # fmt: skip

@@ -18,7 +18,7 @@ fi
 train() { # train NAME CONFIG DEVICES [override ...]
     local name=$1 config=$2 devices=$3 port
     shift 3
-    port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    port=$(python3 -c 'from training.distributed import free_port; print(free_port())')
     deepspeed --quiet --include "localhost:$devices" --master_port "$port" train.py --config "configs/$config.yaml" \
         "run.output_dir=$runs" "run.name=$name" "data.corpus=$corpus" "$@"
 }

@@ -1,20 +1,18 @@
 """Starting programs under the DeepSpeed launcher, as users do, with two processes on the CPU."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from training.distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def deepspeed_run(program: str | Path, *arguments: str | Path, processes: int = 2, timeout: float = 600, **environment: str) -> subprocess.CompletedProcess:
     """Run ``deepspeed program arguments`` from the repository's root on CPU processes; returns its output and exit code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", processes, "--master_port", port, program, *arguments]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", processes, "--master_port", free_port(), program, *arguments]
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=timeout,

@@ -66,16 +66,20 @@ def output_to(file: Path | None) -> Iterator[None]:
         os.close(terminal)
 
 
+def free_port() -> int:
+    """A TCP port that nobody on this host listens on, for the processes of a run to meet at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def join_process_group() -> None:
     """Start torch.distributed through DeepSpeed (NCCL on GPUs, gloo on CPUs); a process without a launcher is a world of one."""
     import deepspeed
     import torch
 
     if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective, which takes the current device
     deepspeed.init_distributed(verbose=False)

@@ -107,6 +107,7 @@ class RunRecorder:
         self.finish(exit_code=0 if exception_type is None else 1)
 
     def _drop_wandb(self, error: Exception) -> None:
+        """Go on without wandb: whatever its service, the network or the disk raised must not end a run that has its rows on disk."""
         self._wandb_run = None
         logger.warning(
             "wandb failed (%s); every row is in %s, and what wandb stored under %s can be sent with `wandb sync`",
