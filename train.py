@@ -54,7 +54,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     with output_to(deepspeed_log):
         join_process_group()
 
-    # Imported late, so that a fault in the configuration is told at once, and DeepSpeed's remarks on the machine go to its log.
+    # Imported late, so that a fault in the configuration is told sooner, and DeepSpeed's remarks on the machine go to its log.
     from training.batches import TrainingBatches, validation_batches
     from training.engine import build_engine, deepspeed_config, train_step
     from training.evaluation import evaluate, sample_text

@@ -12,7 +12,7 @@ class GPTConfig(BaseModel):
     ``heads``, ``hidden_size / heads`` and ``4 * hidden_size``.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     layers: PositiveInt = 12
     hidden_size: PositiveInt = 768

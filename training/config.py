@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
+from kernels.attention import choose, unsupported
 from model.config import GPTConfig
 
 
@@ -307,11 +309,6 @@ def _resolve(config: Config, file: Path, world_size: int) -> tuple[Config, list[
 
 def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, str]]]:
     """The attention backend by name; what ``auto`` chose and why; the reason an explicit one cannot do what is asked."""
-    # Imported late: torch takes seconds, and a misspelt key should not.
-    import torch
-
-    from kernels.attention import choose, unsupported
-
     model = config.model.resolved()
     on_gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if on_gpu else None

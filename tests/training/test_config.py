@@ -123,6 +123,7 @@ def test_a_mapping_on_the_command_line_is_merged_and_checked_for_duplicates(load
     ("run: {seed: 99999999999999999999999}", "run.seed: input should be less than"),
     ("optimizer: {betas: [0.9, 1.5]}", "optimizer.betas.1: input should be less than 1"),
     ("optimizer: {lr: .inf}", "optimizer.lr: input should be a finite number"),
+    ("model: {init_std: .inf}", "model.init_std: input should be a finite number"),
     ("optimizer: {warmup_steps: 301}", "do not fit into train.steps 300"),
     ("base: missing.yaml", "missing.yaml: no such file"),
     ("base: run.yaml", "includes itself"),
