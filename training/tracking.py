@@ -1,6 +1,6 @@
 """What a run leaves behind: run.json (what was run), metrics.jsonl (one row an optimizer step), wandb, and the progress line.
 
-metrics.jsonl is the truth; wandb shows the same rows. Both files lie in the run directory.
+metrics.jsonl is the truth; wandb shows the same rows. All of it lies in the run directory.
 """
 
 import fcntl
@@ -16,14 +16,13 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, BinaryIO, Literal, TextIO
+
+from training.wandb_run import WandbRun, new_run_id, one_line, start_live, sync_command
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-
-_WANDB_START_SECONDS = 10
-# What is not uploaded by then stays on disk, and `wandb sync` sends it: better than GPUs held by a dead server.
-_WANDB_FINISH_SECONDS = 60
+REPLACED_FILE = "metrics.replaced.jsonl"
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "triton", "deepspeed", "numpy", "pydantic", "PyYAML", "tokenizers", "wandb")
@@ -34,13 +33,19 @@ logger = logging.getLogger(__name__)
 class RunRecorder:
     """Writes a run's description and its metrics; one per run, on rank 0 only. Use it as a context manager or call `finish`.
 
-    run_dir: created when absent. metrics.jsonl is locked for this run, then run.json (`info` with run_name) is written atomically, then
-    wandb starts.
-    info: JSON-serialisable; also becomes the wandb config.
-    wandb_mode: "online", "offline" (files under run_dir/wandb, for `wandb sync`) or "disabled" (wandb is not imported).
+    run_dir: created when absent. metrics.jsonl is locked for this run, then run.json is written atomically, then wandb starts.
+    info: JSON-serialisable. run.json holds it with run_name, "wandb" (which run there) and "starts": for each start of the run, the step
+    it went on from, and world_size and environment out of info. All but the name and "wandb" is also the wandb config.
+    wandb_mode: "online" (offline with a warning when the server is dead), "offline" (files under run_dir/wandb, uploaded by
+    scripts/sync_wandb.py) or "disabled" (wandb is not imported).
+    wandb_id: the run's id in wandb out of the checkpoint; None takes the one in run.json when resuming, or a new one.
+    resume_step: None for a new run. N goes on after optimizer step N: rows of later steps, which will be computed again, and lines that
+    are damaged move from metrics.jsonl to metrics.replaced.jsonl.
 
-    Raises ValueError when run_dir already holds metrics, when another run is writing there, and when wandb cannot start; the message
-    names the remedy.
+    `wandb_id` (None when disabled) belongs into every checkpoint.
+
+    Raises ValueError when a new run's run_dir already holds metrics, when another run is writing there, and when wandb cannot start for
+    another reason than its server; the message names the remedy.
     """
 
     def __init__(
@@ -48,57 +53,68 @@ class RunRecorder:
         run_dir: Path,
         *,
         info: dict[str, Any],
+        run_name: str,
         wandb_mode: Literal["online", "offline", "disabled"],
         wandb_project: str,
         wandb_entity: str | None = None,
         wandb_group: str | None = None,
         wandb_tags: Sequence[str] = (),
-        run_name: str,
+        wandb_id: str | None = None,
+        resume_step: int | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = _open_for_one_run(run_dir / METRICS_FILE)
-        _write_json_atomically(run_dir / RUN_FILE, {"run_name": run_name, **info})
-        self._wandb_dir = run_dir / "wandb"
-        self._wandb_run = None
-        if wandb_mode == "disabled":
-            return
+        self._run_dir = run_dir
+        self._wandb: WandbRun | None = None
+        self._metrics, rows = _open_for_recording(run_dir / METRICS_FILE, resume_step)
         try:
-            self._wandb_run = _start_wandb(
-                wandb_mode,
-                dir=run_dir,
-                config=info,
-                project=wandb_project,
-                entity=wandb_entity,
-                group=wandb_group,
-                tags=list(wandb_tags),
-                name=run_name,
-            )
-        except ValueError:
+            before = {} if resume_step is None else _read_description_if_any(run_dir)
+            run_id = wandb_id or before.get("wandb", {}).get("id") or (None if wandb_mode == "disabled" else new_run_id())
+            start = {"from_step": resume_step or 0, "world_size": info.get("world_size"), "environment": info.get("environment")}
+            description = {
+                "run_name": run_name,
+                "wandb": {
+                    "id": run_id, "project": wandb_project, "entity": wandb_entity, "group": wandb_group, "tags": list(wandb_tags),
+                },
+                **info,
+                "starts": [*before.get("starts", []), start],
+            }
+            write_description(run_dir, description)
+            self.wandb_id = None if wandb_mode == "disabled" else run_id
+            if wandb_mode != "disabled":
+                self._wandb = start_live(description, mode=wandb_mode, run_dir=run_dir)
+                if self._wandb.online:  # what an earlier start could not upload comes first: later it would be refused
+                    self._show(rows)
+        except BaseException:
             self._metrics.close()
             raise
 
     def record(self, row: dict[str, Any]) -> None:
-        """Append one optimizer step: `row` maps names to int, float, str or None, and holds "step".
+        """Append one optimizer step: `row` maps names to int, float, bool, str or None, and holds "step".
 
         It is written as by `to_json`, which `read_metrics` turns back.
         """
         self._metrics.write(to_json(row) + "\n")
         self._metrics.flush()
-        if self._wandb_run is not None:
-            try:
-                self._wandb_run.log({key: value for key, value in row.items() if value is not None}, step=row["step"])
-            except Exception as error:
-                self._drop_wandb(error)
+        self._show([row])
+
+    def sync(self) -> None:
+        """Return when every recorded row would survive a power loss: called before a checkpoint that counts on them is published."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
 
     def finish(self, exit_code: int = 0) -> None:
-        """Close the file and end the wandb run, waiting at most 60 s for its uploads; a second call does nothing."""
-        self._metrics.close()
-        if self._wandb_run is not None:
-            try:
-                self._wandb_run.finish(exit_code=exit_code)
-                self._wandb_run = None
-            except Exception as error:
-                self._drop_wandb(error)
+        """End the wandb run, waiting at most 30 s for its uploads, and close the file; a second call does nothing.
+
+        The file stays locked until then: another start, or scripts/sync_wandb.py, would upload the same steps again.
+        """
+        try:
+            if self._wandb is not None:
+                self._wandb.finish(exit_code)
+                self._wandb = None
+        except Exception as error:
+            self._drop_wandb(error)
+        finally:
+            self._metrics.close()
 
     def __enter__(self) -> "RunRecorder":
         return self
@@ -106,68 +122,96 @@ class RunRecorder:
     def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
         self.finish(exit_code=0 if exception_type is None else 1)
 
+    def _show(self, rows: list[dict[str, Any]]) -> None:
+        try:
+            for row in rows if self._wandb else ():
+                self._wandb.log(row)
+        except Exception as error:
+            self._drop_wandb(error)
+
     def _drop_wandb(self, error: Exception) -> None:
         """Go on without wandb: whatever its service, the network or the disk raised must not end a run that has its rows on disk."""
-        self._wandb_run = None
+        self._wandb = None
         logger.warning(
-            "wandb failed (%s); every row is in %s, and what wandb stored under %s can be sent with `wandb sync`",
-            _first_line(error),
-            self._metrics.name,
-            self._wandb_dir,
+            "wandb failed (%s); every row is in %s, and what the server lacks can be sent with `%s` when the run has ended",
+            one_line(error), self._run_dir / METRICS_FILE, sync_command(self._run_dir),
         )
 
 
-def _open_for_one_run(path: Path) -> TextIO:
-    """Opened for appending, empty, and locked until it is closed or the process ends, so that a run that died before its first row
-    stands in nobody's way."""
-    file = path.open("a", encoding="utf-8")
+def open_locked(path: Path) -> TextIO:
+    """The metrics file, opened for appending and locked until it is closed or the process ends, so that a run that died stands in
+    nobody's way. Raises BlockingIOError while another run holds it."""
+    while True:
+        file = path.open("a", encoding="utf-8")
+        _lock(file)
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # a resumed run put another file in its place between opening and locking
+
+
+def _lock(file: TextIO) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f"{path}: another run is writing it at this moment; choose another run.name") from None
+        raise
     except OSError as error:  # some network file systems have no locks
-        logger.warning("%s cannot be locked (%s): two runs of this name at once would mix their rows", path, error.strerror)
-    if os.fstat(file.fileno()).st_size > 0:
+        logger.warning("%s cannot be locked (%s): two runs of this name at once would mix their rows", file.name, error.strerror)
+
+
+def _open_for_recording(path: Path, resume_step: int | None) -> tuple[TextIO, list[dict[str, Any]]]:
+    """The locked file, and the rows in it that the run goes on from."""
+    try:
+        file = open_locked(path)
+    except BlockingIOError:
+        raise ValueError(f"{path}: another run is writing it at this moment; choose another run.name") from None
+    try:
+        if resume_step is not None:
+            return _go_on_after(resume_step, path, file)
+        if os.fstat(file.fileno()).st_size > 0:
+            raise ValueError(f"{path} already holds the metrics of a run; choose another run.name or move it away")
+        return file, []
+    except BaseException:
         file.close()
-        raise ValueError(f"{path} already holds the metrics of a run; choose another run.name or move it away")
-    return file
+        raise
 
 
-def _start_wandb(mode: str, **arguments: Any) -> Any:
-    """wandb.init with every failure turned into one ValueError that names the remedy."""
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError(
-            f"tracking.wandb={mode}: the package wandb is not installed; run `pip install wandb`, or set tracking.wandb=disabled"
-        ) from None
-    settings = wandb.Settings(
-        mode=mode,
-        silent=True,
-        init_timeout=_WANDB_START_SECONDS,
-        finish_timeout=_WANDB_FINISH_SECONDS,
-        finish_timeout_raises=True,
-    )
-    try:
-        wandb.setup(settings)
-        # Asked first because wandb.init would stop the run at a prompt for the key when a terminal is attached.
-        has_key = mode == "offline" or wandb.login(prompt=False, verify=False)
-        run = wandb.init(settings=settings, **arguments) if has_key else None
-    except Exception as error:
-        instead = "offline" if mode == "online" else "disabled"
-        raise ValueError(f"tracking.wandb={mode}: wandb did not start: {_first_line(error)}; use tracking.wandb={instead}") from None
-    if run is None:
-        raise ValueError(
-            f"tracking.wandb=online: no API key for {wandb.setup().settings.base_url}; run `wandb login` or set WANDB_API_KEY, "
-            "or use tracking.wandb=offline"
-        )
-    run.define_metric("*", step_metric="tokens")
-    if mode == "online":
-        logger.info("wandb: %s", run.url)
-    else:
-        logger.info("wandb is offline; upload with `wandb sync %s`", run.settings.sync_dir)
-    return run
+def _go_on_after(last_step: int, path: Path, file: TextIO) -> tuple[TextIO, list[dict[str, Any]]]:
+    """Leave the rows of steps up to last_step, ascending, in the file; what else it holds moves to REPLACED_FILE."""
+    content = path.read_bytes()
+    kept, rows, replaced = [], [], []
+    for line in content.splitlines():
+        try:
+            row = _parse_row(line)
+            belongs = (rows[-1]["step"] if rows else 0) < row["step"] <= last_step
+        except ValueError:
+            belongs = False
+        if belongs:
+            rows.append(row)
+        (kept if belongs else replaced).append(line + b"\n")
+    if len(rows) < last_step:
+        logger.warning("%s lacks %d of the %d steps before this start; the run goes on", path, last_step - len(rows), last_step)
+    if replaced:
+        with (path.parent / REPLACED_FILE).open("ab") as aside:
+            _write_durably(aside, b"".join(replaced))
+    if b"".join(kept) != content:
+        file = _put_in_place(path, b"".join(kept), held=file)
+    return file, rows
+
+
+def _put_in_place(path: Path, content: bytes, *, held: TextIO) -> TextIO:
+    """Replace the locked file atomically by one of this content, locked as well; the new one is opened for appending.
+
+    The new file is locked before it gets its name and the old one is let go after that, so whoever opens the name finds a lock.
+    """
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        _write_durably(file, content)
+    replacement = temporary.open("a", encoding="utf-8")
+    _lock(replacement)
+    _rename_durably(temporary, path)
+    held.close()
+    return replacement
 
 
 def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], bool]:
@@ -180,17 +224,76 @@ def read_metrics(run_dir: Path) -> tuple[list[dict[str, Any]], bool]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-                raise ValueError("not a row of metrics with a step")
+            rows.append(_parse_row(line))
         except ValueError as error:
             if number == len(lines) and not line.endswith(b"\n") and rows:
                 return rows, True
-            raise ValueError(f"{path}, line {number} is damaged: {_first_line(error)}") from None
-        rows.append({key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()})
+            raise ValueError(f"{path}, line {number} is damaged: {one_line(error)}") from None
     if not rows:
         raise ValueError(f"{path} is empty: the run recorded no step")
     return rows, False
+
+
+def _parse_row(line: bytes) -> dict[str, Any]:
+    row = json.loads(line.decode("utf-8"))
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError("not a row of metrics with a step")
+    return {key: _NON_FINITE.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+
+
+def read_description(run_dir: Path) -> dict[str, Any]:
+    """What run_dir/run.json holds. Raises FileNotFoundError, and ValueError when it is damaged."""
+    path = run_dir / RUN_FILE
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(description, dict) and "run_name" in description):
+            raise ValueError("not an object with a run_name")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from None
+    return description
+
+
+def _read_description_if_any(run_dir: Path) -> dict[str, Any]:
+    try:
+        return read_description(run_dir)
+    except (OSError, ValueError) as error:
+        logger.warning("the earlier starts of this run are not known: %s", error)
+        return {}
+
+
+def write_description(run_dir: Path, description: dict[str, Any]) -> None:
+    """Replace run_dir/run.json atomically."""
+    temporary = (run_dir / RUN_FILE).with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        _write_durably(file, (to_json(description, indent=2) + "\n").encode())
+    _rename_durably(temporary, run_dir / RUN_FILE)
+
+
+def _write_durably(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _rename_durably(temporary: Path, path: Path) -> None:
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def run_tags(config: dict[str, Any], parameters: int) -> list[str]:
+    """What one looks for runs by, from a resolved configuration: size, sequence length, attention backend, ZeRO stage and precision,
+    as in ["124M", "seq1024", "triton", "zero3", "bf16"]."""
+    return [
+        _model_size(parameters),
+        f"seq{config['model']['sequence_length']}",
+        config["attention"]["backend"],
+        f"zero{config['zero']['stage']}",
+        config["train"]["precision"],
+    ]
 
 
 def collect_environment() -> dict[str, Any]:
@@ -298,15 +401,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def _write_json_atomically(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(to_json(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _git_state() -> tuple[str | None, bool | None]:
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -329,13 +423,18 @@ def _package_version(name: str) -> str | None:
         return None
 
 
+def _model_size(parameters: int) -> str:
+    """As models are called: 124M, 1.3B, 13B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= 0.9995 * size:  # 999.7 million is 1.0B
+            number = parameters / size
+            return f"{number:.1f}{unit}" if number < 9.95 else f"{number:.0f}{unit}"
+    return str(parameters)
+
+
 def _short(number: float) -> str:
     """Three significant digits: 987, 52.3k, 1.28M."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:#.3g}".rstrip(".") + unit
     return f"{number:.0f}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

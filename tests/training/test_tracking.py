@@ -12,44 +12,49 @@ from pathlib import Path
 
 import pytest
 
+from tests.fake_wandb_server import FakeWandbServer, wandb_without_account
 from training import tracking
-from training.tracking import ProgressLine, RunRecorder, collect_environment, read_metrics
-
-DEAD_SERVER = "http://127.0.0.1:9"
+from training.tracking import ProgressLine, RunRecorder, collect_environment, read_metrics, run_tags
 
 
 @pytest.fixture(autouse=True)
-def wandb_without_account(tmp_path, monkeypatch):
-    """wandb sees no key, no settings of the user and no server."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-config"))
-    monkeypatch.setenv("WANDB_BASE_URL", DEAD_SERVER)
+def no_account(tmp_path, monkeypatch):
+    with wandb_without_account(tmp_path, monkeypatch):
+        yield
 
 
-def recorder(run_dir: Path, mode="disabled", info=None) -> RunRecorder:
-    return RunRecorder(run_dir, info=info or {}, wandb_mode=mode, wandb_project="test", run_name="a-run")
+def recorder(run_dir: Path, mode="disabled", info=None, **more) -> RunRecorder:
+    return RunRecorder(run_dir, info=info or {}, wandb_mode=mode, wandb_project="test", run_name="a-run", **more)
 
 
 def row(step: int, **more) -> dict:
     return {"step": step, "tokens": 100 * step, "loss": 5.0 - step, "mfu": None, **more}
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+def start_python(code: str, *arguments: str, **environment: str) -> subprocess.Popen:
     root = Path(tracking.__file__).resolve().parents[1]
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root), **environment},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=25,
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env={**os.environ, "PYTHONPATH": str(root), **environment},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )
+
+
+def run_python(code: str) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    process = start_python(code)
+    return process.wait(timeout=25), *process.communicate()
 
 
 def test_run_json_holds_the_info_and_the_name(tmp_path):
     with recorder(tmp_path / "new" / "run", info={"config": {"lr": 1e-4}, "corpus_sha256": "abc", "peak": None}):
         pass
     written = json.loads((tmp_path / "new" / "run" / "run.json").read_text())
-    assert written == {"run_name": "a-run", "config": {"lr": 1e-4}, "corpus_sha256": "abc", "peak": None}
+    assert written == {
+        "run_name": "a-run",
+        "wandb": {"id": None, "project": "test", "entity": None, "group": None, "tags": []},
+        "config": {"lr": 1e-4}, "corpus_sha256": "abc", "peak": None,
+        "starts": [{"from_step": 0, "world_size": None, "environment": None}],
+    }
     assert sorted(path.name for path in (tmp_path / "new" / "run").iterdir()) == ["metrics.jsonl", "run.json"]
 
 
@@ -60,7 +65,7 @@ def test_disabled_does_not_import_wandb(tmp_path):
         "    r.record({'step': 1})\n"
         "print('wandb' in sys.modules, 'torch' in sys.modules)"
     )
-    assert run_python(code).stdout == "False False\n"
+    assert run_python(code)[1] == "False False\n"
 
 
 def test_every_row_is_on_disk_at_once(tmp_path):
@@ -107,7 +112,7 @@ def test_a_run_killed_before_its_first_row_stands_in_nobodys_way(tmp_path):
         f"run = RunRecorder(Path({str(tmp_path)!r}), info={{}}, wandb_mode='disabled', wandb_project='p', run_name='n')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    assert run_python(code).returncode == -9 and (tmp_path / "metrics.jsonl").exists()
+    assert run_python(code)[0] == -9 and (tmp_path / "metrics.jsonl").exists()
     recorder(tmp_path).finish()
 
 
@@ -164,18 +169,31 @@ def test_online_without_a_key_is_one_message_with_the_remedy(tmp_path):
     recorder(tmp_path, "disabled").finish()
 
 
-def test_online_without_a_server_gives_up_in_seconds(tmp_path):
+def test_a_dead_server_is_a_warning_and_the_run_is_recorded_offline(tmp_path):
+    """All at once, as each waits for wandb to give up."""
     code = (
-        "import time; from pathlib import Path; from training.tracking import RunRecorder; start = time.monotonic()\n"
-        f"try: RunRecorder(Path({str(tmp_path)!r}), info={{}}, wandb_mode='online', wandb_project='p', run_name='n')\n"
-        "except ValueError as error: print(error)\n"
-        "assert time.monotonic() - start < 20"
+        "import logging, sys, time; from pathlib import Path; from training.tracking import RunRecorder; start = time.monotonic()\n"
+        "logging.basicConfig(level=logging.INFO, format='%(levelname)s %(message)s', stream=sys.stdout)\n"
+        "run = RunRecorder(Path(sys.argv[1]), info={}, wandb_mode='online', wandb_project='p', run_name='n')\n"
+        "print(time.monotonic() - start)\n"
+        "run.record({'step': 1}); run.finish()"
     )
-    result = run_python(code, WANDB_API_KEY="0" * 40)
-    assert result.returncode == 0, result.stderr
-    (message,) = result.stdout.splitlines()
-    assert message.startswith("tracking.wandb=online: wandb did not start:") and message.endswith("use tracking.wandb=offline")
-    assert "Traceback" not in result.stderr
+    with FakeWandbServer("silent") as silent, FakeWandbServer("errors") as errors:
+        servers = {"refuses": "http://127.0.0.1:9", "no-name": "https://wandb.invalid", "silent": silent.url, "errors": errors.url}
+        processes = {
+            case: start_python(code, str(tmp_path / case), WANDB_BASE_URL=server, WANDB_API_KEY="0" * 40)
+            for case, server in servers.items()
+        }
+        results = {case: (process, *process.communicate(timeout=60)) for case, process in processes.items()}
+    for case, (process, output, errors) in results.items():
+        assert process.returncode == 0, errors
+        warning, seconds = output.splitlines()
+        assert warning.startswith(f"WARNING wandb did not start with the server {servers[case]}")
+        assert warning.endswith(f"upload it later with `python scripts/sync_wandb.py {tmp_path / case}`")
+        assert float(seconds) < 30
+        assert "Traceback" not in errors
+        assert len(read_metrics(tmp_path / case)[0]) == 1
+        assert len(list((tmp_path / case / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
 
 
 def test_missing_package_is_named(tmp_path, monkeypatch):
@@ -197,26 +215,175 @@ def test_training_goes_on_when_wandb_dies(tmp_path):
         "for step in range(2, 6): run.record({'step': step})\n"
         "run.finish()"
     )
-    result = run_python(code)
-    assert result.returncode == 0, result.stderr
+    exit_code, output, errors = run_python(code)
+    assert exit_code == 0, errors
     assert [r["step"] for r in read_metrics(tmp_path)[0]] == [1, 2, 3, 4, 5]
-    (warning,) = result.stdout.splitlines()
-    assert warning.startswith("WARNING wandb failed") and "metrics.jsonl" in warning and "wandb sync" in warning
+    (warning,) = output.splitlines()
+    assert warning.startswith("WARNING wandb failed") and "metrics.jsonl" in warning and "scripts/sync_wandb.py" in warning
 
 
-def test_a_failed_upload_at_the_end_is_a_warning(tmp_path, caplog):
+def test_a_failed_upload_at_the_end_is_a_warning_and_nobody_else_uploads_meanwhile(tmp_path, caplog):
     run = recorder(tmp_path)
 
     class Unreachable:
         def finish(self, exit_code):
+            with pytest.raises(BlockingIOError):
+                tracking.open_locked(tmp_path / "metrics.jsonl")
             raise TimeoutError("not all data was uploaded")
 
-    run._wandb_run = Unreachable()
+    run._wandb = Unreachable()
     with caplog.at_level(logging.WARNING):
         run.finish()
         run.finish()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "not all data was uploaded" in caplog.text
+    tracking.open_locked(tmp_path / "metrics.jsonl").close()
+
+
+def steps(run_dir: Path, name: str = "metrics.jsonl") -> list[int]:
+    return [json.loads(line)["step"] for line in (run_dir / name).read_text().splitlines()]
+
+
+def run_to(run_dir: Path, last: int, **more) -> None:
+    with recorder(run_dir, **more) as run:
+        for step in range((more.get("resume_step") or 0) + 1, last + 1):
+            run.record(row(step, skipped=False))
+
+
+def test_a_resumed_run_goes_on_after_its_checkpoint_and_loses_nothing(tmp_path):
+    run_to(tmp_path, 10)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')
+    run_to(tmp_path, 8, resume_step=5)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+    replaced = (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in replaced[:5]] == [6, 7, 8, 9, 10] and replaced[5:] == ['{"step": 11, "lo']
+    run_to(tmp_path, 9, resume_step=7)
+    assert steps(tmp_path) == list(range(1, 10))
+    assert (tmp_path / "metrics.replaced.jsonl").read_text().splitlines()[6:] == [json.dumps(row(8, skipped=False))]
+
+
+def test_a_resume_where_nothing_is_to_replace_leaves_the_rows_alone(tmp_path):
+    run_to(tmp_path, 5)
+    run_to(tmp_path, 7, resume_step=5)
+    assert steps(tmp_path) == list(range(1, 8))
+    assert not (tmp_path / "metrics.replaced.jsonl").exists()
+
+
+def test_a_resume_from_step_0_replaces_every_row(tmp_path):
+    run_to(tmp_path, 3)
+    run_to(tmp_path, 2, resume_step=0)
+    assert steps(tmp_path) == [1, 2] and steps(tmp_path, "metrics.replaced.jsonl") == [1, 2, 3]
+
+
+def test_a_last_row_without_its_newline_is_a_row(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}')
+    run_to(tmp_path, 3, resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_rows_that_a_power_loss_took_are_one_warning(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\x00\x00\x00\n{"step": 3}\n')
+    run_to(tmp_path, 6, resume_step=5)
+    assert steps(tmp_path) == [1, 3, 6]
+    (said,) = [record.getMessage() for record in caplog.records if "metrics.jsonl" in record.getMessage()]
+    assert "lacks 3 of the 5 steps" in said
+
+
+def test_a_crash_while_rows_are_replaced_loses_none(tmp_path, monkeypatch):
+    run_to(tmp_path, 4)
+
+    def crash(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(tracking, "_rename_durably", crash)
+        recorder(tmp_path, resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    run_to(tmp_path, 3, resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3] and set(steps(tmp_path, "metrics.replaced.jsonl")) == {3, 4}
+
+
+@pytest.mark.parametrize("resume_step", [None, 1])
+def test_a_second_run_is_refused_while_a_resumed_one_writes(tmp_path, resume_step):
+    run_to(tmp_path, 3)
+    with recorder(tmp_path, resume_step=2) as first:
+        with pytest.raises(ValueError, match="another run is writing it at this moment"):
+            recorder(tmp_path, resume_step=resume_step)
+        first.record(row(3))
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_second_run_that_opened_the_file_before_it_was_replaced_is_refused(tmp_path, monkeypatch):
+    run_to(tmp_path, 3)
+    lock, resumed = fcntl.flock, []
+
+    def lock_late(file, operation):
+        if not resumed:
+            resumed.append(None)
+            resumed[0] = recorder(tmp_path, resume_step=2)  # another process, between this one's opening and locking
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    with pytest.raises(ValueError, match="another run is writing it at this moment"):
+        recorder(tmp_path, resume_step=1)
+    resumed[0].record(row(3))
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_sync_writes_the_rows_through_to_the_disk(tmp_path, monkeypatch):
+    synced = []
+    with recorder(tmp_path) as run:
+        run.record(row(1))
+        monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+        run.sync()
+    assert synced == [(tmp_path / "metrics.jsonl").stat().st_ino]
+
+
+def starts(run_dir: Path) -> list[tuple]:
+    found = json.loads((run_dir / "run.json").read_text())["starts"]
+    return [(start["from_step"], start["world_size"], start["environment"]) for start in found]
+
+
+def test_run_json_lists_the_starts_of_a_run(tmp_path, caplog):
+    run_to(tmp_path, 4, info={"world_size": 2, "environment": {"gpu_name": "A"}})
+    run_to(tmp_path, 6, info={"world_size": 1, "environment": {"gpu_name": "B"}, "config": {"lr": 2}}, resume_step=3)
+    assert starts(tmp_path) == [(0, 2, {"gpu_name": "A"}), (3, 1, {"gpu_name": "B"})]
+    assert json.loads((tmp_path / "run.json").read_text())["config"] == {"lr": 2}
+    assert not caplog.records
+    (tmp_path / "run.json").write_text('{"run_na')
+    run_to(tmp_path, 6, resume_step=5)
+    assert starts(tmp_path) == [(5, None, None)] and "run.json is damaged" in caplog.text
+
+
+def test_a_run_keeps_its_wandb_id(tmp_path):
+    with recorder(tmp_path, "offline") as run:
+        run.record(row(1))
+        first = run.wandb_id
+    assert len(first) == 8 and list((tmp_path / "wandb").glob(f"offline-run-*-{first}"))
+    with recorder(tmp_path, "disabled", resume_step=1) as run:
+        assert run.wandb_id is None
+    with recorder(tmp_path, "offline", resume_step=1) as run:
+        assert run.wandb_id == first
+    with recorder(tmp_path, "offline", resume_step=1, wandb_id="checkpoint") as run:
+        assert run.wandb_id == "checkpoint"
+    assert json.loads((tmp_path / "run.json").read_text())["wandb"]["id"] == "checkpoint"
+
+
+def test_flags_in_a_row_come_back_as_flags(tmp_path):
+    run_to(tmp_path, 1)
+    assert read_metrics(tmp_path)[0][0]["skipped"] is False
+
+
+@pytest.mark.parametrize(
+    ("parameters", "size"),
+    [(900, "900"), (8_400_000, "8.4M"), (124_439_808, "124M"), (999_700_000, "1.0B"), (1_315_000_000, "1.3B"), (12_850_000_000, "13B")],
+)
+def test_tags_say_what_a_run_is(parameters, size):
+    config = {
+        "model": {"sequence_length": 1024}, "attention": {"backend": "triton"}, "zero": {"stage": 3}, "train": {"precision": "bf16"},
+    }
+    assert run_tags(config, parameters) == [size, "seq1024", "triton", "zero3", "bf16"]
 
 
 def test_a_last_line_cut_off_is_left_out_and_said(tmp_path):
