@@ -58,7 +58,7 @@ fi
 free_port=$(python -c 'from training.distributed import free_port; print(free_port())')
 deepspeed --quiet "${placement[@]}" --master_port "$free_port" \
     train.py --config configs/quickstart.yaml "run.output_dir=$output_dir" "run.name=$name" "$@"
-python scripts/plot_run.py "$run_dir" --out "$run_dir/loss.png" >/dev/null
+python scripts/compare_runs.py "$run_dir" --png "$run_dir/loss.png" >/dev/null
 
 echo
 echo "loss curve  $(realpath -m "$run_dir")/loss.png"

@@ -45,8 +45,7 @@ large() {
 }
 
 summary() {
-    python3 scripts/summarize_runs.py "$runs"/* --out docs/results/curves.json
-    python3 scripts/plot_run.py "$runs"/* --out docs/results/curves.png
+    python3 scripts/compare_runs.py "$runs"/* --json docs/results/curves.json --png docs/results/curves.png
 }
 
 for part in "${@:-data one two large summary}"; do
