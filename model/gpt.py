@@ -31,9 +31,12 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, attention_backend) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # The weights follow from torch's seed alone, on every device: modules, as they are made, draw from the generator of theirs.
+        self._generator = torch.Generator().manual_seed(torch.initial_seed())
         # Inside __init__, because under deepspeed.zero.Init parameters are partitioned when it returns, and only
         # nn.Module.apply gathers them for the visited function: loops over parameters would write into empty tensors.
         self.apply(self._initialise)
+        del self._generator
         if config.tied_embeddings:
             self.head.weight = self.token_embedding.weight
 
@@ -41,11 +44,16 @@ class GPT(nn.Module):
         """GPT-2 initialisation: N(0, std), residual projections scaled by 1/sqrt(2 * layers) (Radford et al. 2019, section 2.3)."""
         if isinstance(module, nn.Linear):
             residual_scale = (2 * self.config.layers) ** -0.5 if getattr(module, "writes_to_residual", False) else 1.0
-            nn.init.normal_(module.weight, std=self.config.init_std * residual_scale)
+            self._draw(module.weight, self.config.init_std * residual_scale)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.init_std)
+            self._draw(module.weight, self.config.init_std)
+
+    @torch.no_grad()
+    def _draw(self, weight: torch.Tensor, std: float) -> None:
+        if not weight.is_meta:
+            weight.copy_(torch.normal(0.0, std, weight.shape, generator=self._generator))
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Logits, or the summed cross-entropy when labels are given.
