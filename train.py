@@ -3,16 +3,17 @@
 import argparse
 import contextlib
 import logging
-import math
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 
 from training.config import Config, load_config
-from training.distributed import Ranks, UserFault, agree, end_process, join_process_group, one_clear_message, output_to, together
+from training.distributed import Ranks, UserFault, agree, any_rank, end_process, gather, join_process_group, one_clear_message, output_to, together
+from training.stopping import OUTCOME_FILE, STOPPED_EXIT_CODE, StopRequests, has_finished, write_outcome
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -50,11 +51,13 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     first = ranks.rank == 0
     run_dir = Path(config.run.output_dir, config.run.name)
     make_run_dir(run_dir)
+    stop = StopRequests(run_dir, grace_seconds=config.checkpoint.stop_seconds)
     deepspeed_log = None if verbose else run_dir / f"deepspeed-{ranks.rank}.log"
     with output_to(deepspeed_log):
         join_process_group()
 
     # Imported late, so that a fault in the configuration is told sooner, and DeepSpeed's remarks on the machine go to its log.
+    from training import checkpoints
     from training.batches import TrainingBatches, validation_batches
     from training.engine import build_engine, deepspeed_config, train_step
     from training.evaluation import evaluate, sample_text
@@ -68,47 +71,116 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     corpus = together(lambda: open_corpus(config, verify=ranks.local_rank == 0))
     tokenizer = load_tokenizer(corpus.tokenizer_name)
 
-    # 3. The record of the run: run.json, metrics.jsonl, wandb.
-    meter = Meter(config, ranks.world)
+    # 3. Where the run begins: with a checkpoint, found intact, or with nothing.
+    checkpoint, passed_over = checkpoints.find_checkpoint(config.checkpoint.resume, run_dir / "checkpoints")
+    state = checkpoints.LoopState() if checkpoint is None else checkpoint.state
+    changed = [] if checkpoint is None else checkpoints.check_fits(checkpoint, config, corpus_sha256=corpus.sha256)
+    together(lambda: refuse_if_finished(config, run_dir, state.step), here=first)
+
+    # 4. The record of the run: run.json, metrics.jsonl, wandb.
+    meter = Meter(config, ranks.world, elapsed_seconds=state.elapsed_seconds)
     info = {"config": config.model_dump(), "deepspeed_config": deepspeed_config(config), "corpus_sha256": corpus.sha256,
             **meter.description()}
-    recorder = together(lambda: open_recorder(config, run_dir, {**info, "environment": collect_environment()}), here=first)
+    recorder = together(lambda: open_recorder(config, run_dir, {**info, "environment": collect_environment()}, meter, checkpoint), here=first)
     if first:
-        print("\n".join([*notes, describe(config, meter, corpus)]), flush=True)
+        state.wandb_id = recorder.wandb_id
+        began = [f"resume {checkpoint.folder}: {state.step} of {config.train.steps} steps are done"] if checkpoint else []
+        print("\n".join([*notes, *passed_over, *changed, *began, describe(config, meter, corpus)]), flush=True)
 
-    # 4. Model, optimizer, engine.
+    # 5. Model, optimizer, engine.
+    convert = checkpoint is not None and checkpoint.needs_conversion(config)
     with output_to(deepspeed_log):
-        engine = build_engine(config)
+        engine = build_engine(config, load_universal=convert)
+        if checkpoint:
+            checkpoints.load(engine, checkpoint, config, scratch=run_dir / "checkpoints")
     shape = {"sequence_length": config.model.sequence_length, "rank": ranks.rank, "world": ranks.world, "device": engine.device}
     batches = TrainingBatches(corpus.split("train"), micro_batch_size=config.train.micro_batch_size,
                               accumulation=config.train.gradient_accumulation_steps, seed=config.run.seed, **shape)
 
-    # 5. The loop.
+    def validate() -> dict:
+        held_out = validation_batches(corpus.split("validation"), batch_size=config.train.micro_batch_size, sequences=config.eval.sequences, **shape)
+        return evaluate(engine, held_out, corpus.token_bytes)
+
+    def save_checkpoint() -> Path:
+        stop.saving = True
+        state.elapsed_seconds = meter.elapsed_seconds()
+        if first:
+            recorder.sync()
+        with output_to(deepspeed_log):
+            saved = checkpoints.save(engine, run_dir / "checkpoints", state, config, corpus_sha256=corpus.sha256, parameters=meter.parameters["total"])
+        stop.saving = False
+        return saved
+
+    # 6. The loop.
     progress = ProgressLine(config.train.steps, every=config.tracking.log_every)
+    validation = None
     with recorder or contextlib.nullcontext(), contextlib.closing(batches):
-        for step in range(1, config.train.steps + 1):
+        stop.begin_loop()
+        for step in range(state.step + 1, config.train.steps + 1):
             started = time.perf_counter()
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
             result = train_step(engine, micro_batches, step - 1, config)
-            if not math.isfinite(result.loss):
-                raise UserFault(f"step {step}: the loss is {result.loss}; lower optimizer.lr or lengthen optimizer.warmup_steps")
+            state.step = step
+            state.skipped_steps += not result.applied
+            state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
             row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
+            row["skipped_steps"] = state.skipped_steps
             if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
-                held_out = validation_batches(corpus.split("validation"), batch_size=config.train.micro_batch_size, sequences=config.eval.sequences, **shape)
-                row |= evaluate(engine, held_out, corpus.token_bytes)
+                validation = validate()
+                row |= validation
             if first:
                 recorder.record(row)
                 progress.update(row)
+                if not result.applied:
+                    progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far)")
+            if state.skipped_in_a_row >= config.train.stop_after_skipped:
+                raise UserFault(diverged(state, config, run_dir))
+            saved = None
+            if config.checkpoint.every is not None and (step == config.train.steps or config.checkpoint.every and step % config.checkpoint.every == 0):
+                saved = save_checkpoint()
+            if any_rank(stop.reason is not None, engine.device) and step < config.train.steps:
+                if config.checkpoint.every is not None and saved is None:
+                    saved = save_checkpoint()
+                stop_run(stop, run_dir, state, saved, progress, recorder)
 
-    # 6. What it learned.
+    # 7. What it learned.
+    validation = validation or validate()
     text = sample_text(engine, tokenizer, config.sample, sequence_length=config.model.sequence_length, seed=config.run.seed)
     if first:
         progress.close()
         (run_dir / "sample.txt").write_text(config.sample.prompt + text, encoding="utf-8")
-        print(f"\n{config.sample.prompt}{text}\n\nvalidation loss {row['val_loss']:.4f} nats per token, {row['val_bits_per_byte']:.4f} bits per byte\n"
-              f"metrics {run_dir / METRICS_FILE}", flush=True)
+        write_outcome(run_dir, "finished", step=state.step)
+        print(f"\n{config.sample.prompt}{text}\n\nvalidation loss {validation['val_loss']:.4f} nats per token, "
+              f"{validation['val_bits_per_byte']:.4f} bits per byte\nmetrics {run_dir / METRICS_FILE}", flush=True)
     end_process()
+
+
+def stop_run(stop: StopRequests, run_dir: Path, state, saved: Path | None, progress, recorder) -> NoReturn:
+    """The end of a run that was asked to stop: the marker, one line, and every rank's exit together."""
+    reason = next(filter(None, gather(stop.reason)))
+    if recorder is not None:
+        write_outcome(run_dir, "stopped", reason=reason, step=state.step, checkpoint=saved and str(saved))
+        progress.note(f"stopped by {reason} after step {state.step}; " + (f"the same command goes on from {saved}" if saved else "checkpoint.every is null: nothing was saved"))
+        recorder.finish()
+    end_process(STOPPED_EXIT_CODE)
+
+
+def refuse_if_finished(config: Config, run_dir: Path, done: int) -> None:
+    """Raises UserFault when no step is left to do; removes an earlier start's marker otherwise."""
+    if done > config.train.steps:
+        raise UserFault(f"train.steps: {done} steps are done and {config.train.steps} asked for; raise it, or choose another run.name")
+    if has_finished(run_dir) and done in (0, config.train.steps):
+        raise UserFault(f"{run_dir} holds a finished run; choose another run.name, or raise train.steps to go on with it")
+    (run_dir / OUTCOME_FILE).unlink(missing_ok=True)
+
+
+def diverged(state, config: Config, run_dir: Path) -> str:
+    first_skipped = state.step - state.skipped_in_a_row + 1
+    return (f"steps {first_skipped} to {state.step} were skipped: loss or gradients were not finite (train.stop_after_skipped: {config.train.stop_after_skipped}). "
+            f"Look at {run_dir / 'metrics.jsonl'}: a loss or gradient norm that rises before step {first_skipped} asks for a lower optimizer.lr, a longer "
+            "optimizer.warmup_steps or a smaller optimizer.grad_clip; one that jumps from nothing, at the data of that step, or at the precision: "
+            "train.precision=fp32 and attention.backend=eager tell which part it is")
 
 
 def make_run_dir(run_dir: Path) -> None:
@@ -143,12 +215,20 @@ def describe(config: Config, meter, corpus) -> str:
     )
 
 
-def open_recorder(config: Config, run_dir: Path, info: dict):
-    from training.tracking import RunRecorder
+def open_recorder(config: Config, run_dir: Path, info: dict, meter, checkpoint):
+    from training.tracking import METRICS_FILE, REPLACED_FILE, RunRecorder, run_tags
 
     tracking = config.tracking
-    return RunRecorder(run_dir, info=info, wandb_mode=tracking.wandb, wandb_project=tracking.project, wandb_entity=tracking.entity,
-                       wandb_group=tracking.group, wandb_tags=tracking.tags, run_name=config.run.name)
+    goes_on = checkpoint is not None and checkpoint.folder.parent.parent.resolve() == run_dir.resolve()
+    metrics = run_dir / METRICS_FILE
+    crashed_early = checkpoint is None and config.checkpoint.resume == "auto" and metrics.exists() and metrics.stat().st_size > 0
+    if crashed_early:
+        logging.info("an earlier start left no checkpoint: its rows move to %s, and the run begins anew", run_dir / REPLACED_FILE)
+    return RunRecorder(run_dir, info=info, run_name=config.run.name, wandb_mode=tracking.wandb, wandb_project=tracking.project,
+                       wandb_entity=tracking.entity, wandb_group=tracking.group,
+                       wandb_tags=[*run_tags(config.model_dump(), meter.parameters["total"]), *tracking.tags],
+                       wandb_id=checkpoint.state.wandb_id if goes_on else None,
+                       resume_step=checkpoint.state.step if goes_on else 0 if crashed_early else None)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Everything that is wrong is reported at once, each fault with the file and line 
 """
 
 import difflib
+import hashlib
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kernels.attention import choose, unsupported
 from model.config import GPTConfig
+
+
+_LONGEST_RUN_NAME = 120  # a folder's name may have 255 bytes
 
 
 class ConfigError(ValueError):
@@ -47,6 +51,7 @@ class TrainSection(Section):
     global_batch_size: PositiveInt | None = 128
     precision: Literal["bf16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "full"] = "none"
+    stop_after_skipped: PositiveInt = 10
 
 
 class OptimizerSection(Section):
@@ -65,6 +70,14 @@ class ZeroSection(Section):
     reduce_bucket_size: PositiveInt = 50_000_000
     prefetch_bucket_size: PositiveInt = 100_000_000
     persistence_threshold: NonNegativeInt = 100_000
+
+
+class CheckpointSection(Section):
+    every: NonNegativeInt | None = 250
+    keep_last: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    resume: str = Field("auto", min_length=1)
+    stop_seconds: PositiveInt = 60
 
 
 class EvalSection(Section):
@@ -98,6 +111,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     zero: ZeroSection = ZeroSection()
+    checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     sample: SampleSection = SampleSection()
     tracking: TrackingSection = TrackingSection()
@@ -128,6 +142,7 @@ class _Tree:
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.origins: dict[tuple[str, ...], str] = {}
+        self.overridden: dict[str, str] = {}
         self.faults: list[str] = []
 
     def origin(self, path: Iterable) -> str:
@@ -208,6 +223,7 @@ class _Tree:
         except yaml.YAMLError as error:
             self.faults.append(f"command line: {key}: {' '.join(str(error).split())}")
             return
+        self.overridden[key] = value
         self._merge(tuple(key.split(".")), node, lambda node: "command line")
 
 
@@ -275,14 +291,24 @@ def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: 
         broken = {str(fault["loc"][0]) for fault in error.errors()}
         # The sound sections are checked on, so that every fault is told at once.
         config = Config.model_validate({section: values for section, values in tree.values.items() if section not in broken})
-    config, notes, found = _resolve(config, file, world_size)
+    config, notes, found = _resolve(config, _run_name(file, tree.overridden), file.stem, world_size)
     faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for sections, key, what in found if not broken & sections]
     if faults:
         raise ConfigError(f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n" + "\n".join(f"  {f}" for f in faults))
     return config, notes
 
 
-def _resolve(config: Config, file: Path, world_size: int) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
+def _run_name(file: Path, overridden: dict[str, str]) -> str:
+    """The file's name and what the command line makes differ in the curve: ``gpt2-124m,backend=sdpa,seed=2``."""
+    silent = ("run.name", "run.output_dir", "checkpoint.", "eval.", "sample.", "tracking.")
+    differing = [f"{key.split('.')[-1]}={Path(value).name}" for key, value in overridden.items() if not key.startswith(silent)]
+    name = ",".join([file.stem, *differing])
+    if len(name) <= _LONGEST_RUN_NAME:
+        return name
+    return f"{name[:_LONGEST_RUN_NAME - 9]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
     """Derived values, ``auto``'s choice, and the faults that only several keys together show: (sections read, key, what and remedy)."""
     faults = [({"model"}, f"model.{key}", what) for key, what in config.model.faults()]
     train, batch_fault = _resolve_batch(config.train, world_size)
@@ -299,10 +325,11 @@ def _resolve(config: Config, file: Path, world_size: int) -> tuple[Config, list[
     backend, notes, backend_faults = _resolve_backend(config)
     faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
     resolved = config.model_copy(update={
-        "run": config.run.model_copy(update={"name": config.run.name or file.stem}),
+        "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
         "attention": AttentionSection(backend=backend),
         "train": train,
+        "tracking": config.tracking.model_copy(update={"group": config.tracking.group or group}),
     })
     return resolved, notes, faults
 

@@ -1,14 +1,16 @@
 """The process group, and how every rank learns of one rank's fault."""
 
 import contextlib
+import fcntl
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from training.config import ConfigError
 
@@ -41,6 +43,7 @@ def one_clear_message(ranks: Ranks) -> Iterator[None]:
     except (ConfigError, UserFault) as error:
         if ranks.rank != 0:
             # The launcher ends every rank as soon as one has exited: rank 0 must have spoken before another leaves.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
         if ranks.local_rank == 0:
             # Still here on another host than rank 0's: its fault may be this host's alone.
@@ -73,6 +76,23 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _load_op(name: str) -> None:
+    """Load one of DeepSpeed's C++ extensions, compiled at its first use on a machine.
+
+    torch marks a compilation by a file, which outlives a process that is killed then and makes every later start wait for it without end.
+    A file lock ends with its holder: whoever has it finds no other run at work, only what a dead one left.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder(name)
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with open(folder / "recipe.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        builder.load(verbose=False)
+
+
 def join_process_group() -> None:
     """Start torch.distributed through DeepSpeed (NCCL on GPUs, gloo on CPUs); a process without a launcher is a world of one."""
     import deepspeed
@@ -82,6 +102,8 @@ def join_process_group() -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective, which takes the current device
+    else:
+        _load_op("ShareMemCommBuilder")  # init_distributed needs it on CPUs
     deepspeed.init_distributed(verbose=False)
 
 
@@ -91,8 +113,6 @@ def together(work: Callable[[], Result], *, here: bool = True) -> Result | None:
     A ValueError or OSError becomes a UserFault; another exception keeps its traceback where it was raised.  Without this, the
     ranks that are well would wait for the one that is not until the process group times out.
     """
-    import torch.distributed as dist
-
     result, error = None, None
     if here:
         try:
@@ -100,8 +120,7 @@ def together(work: Callable[[], Result], *, here: bool = True) -> Result | None:
         except Exception as caught:
             error = caught
     mends = isinstance(error, (ValueError, OSError))
-    faults: list[tuple[bool, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(faults, None if error is None else (mends, str(error) if mends else repr(error)))
+    faults = gather(None if error is None else (mends, str(error) if mends else repr(error)))
     if error is not None and not mends:
         raise error
     for rank, fault in enumerate(faults):
@@ -110,26 +129,52 @@ def together(work: Callable[[], Result], *, here: bool = True) -> Result | None:
     return result
 
 
-def agree(key: str, value: str) -> None:
-    """Raise UserFault on every rank unless all of them have the same value of a setting that each resolved for itself."""
+def from_first_rank(work: Callable[[], Result]) -> Result:
+    """What ``work`` returns on rank 0, on every rank; if it fails there, every rank raises as in ``together``."""
     import torch.distributed as dist
 
-    values: list[str | None] = [None] * dist.get_world_size()
+    box = [together(work, here=dist.get_rank() == 0)]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def any_rank(flag: bool, device) -> bool:
+    """Whether ``flag`` holds on one rank at least; ``device`` is a ``torch.device`` of the process group's kind."""
+    import torch
+    import torch.distributed as dist
+
+    flags = torch.tensor(flag, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def gather(value: Result) -> list[Result]:
+    """Every rank's value, in the order of the ranks, on every rank."""
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
+    return values
+
+
+def agree(key: str, value: str) -> None:
+    """Raise UserFault on every rank unless all of them have the same value of a setting that each resolved for itself."""
+    values = gather(value)
     if len(set(values)) > 1:
         found = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(values))
         raise UserFault(f"{key} differs between the processes ({found}); their GPUs or packages differ; name one that all of them have")
 
 
-def end_process() -> NoReturn:
-    """Leave the process group and end this process, its work done, with exit code 0.
+def end_process(exit_code: int = 0) -> NoReturn:
+    """Leave the process group and end this process, its work done; all ranks at once, because the launcher ends those who stay behind.
 
     Without the interpreter's own shutdown: a thread of gloo that drops its last tensor meanwhile aborts the process ("terminate called
     without an active exception", seen on a loaded machine), which turns a finished run into a failed one.
     """
     import torch.distributed as dist
 
+    dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(exit_code)

@@ -1,5 +1,6 @@
 """DeepSpeed: its configuration generated from ours, the engine built, one optimizer step taken."""
 
+import math
 from dataclasses import dataclass
 
 import deepspeed
@@ -24,7 +25,8 @@ def deepspeed_config(config: Config) -> dict:
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
-        "gradient_clipping": config.optimizer.grad_clip,
+        # In fp32 stage 0 DeepSpeed neither tells the norm nor looks whether it is finite: train_step clips there.
+        "gradient_clipping": 0.0 if _is_plain(config) else config.optimizer.grad_clip,
         "bf16": {"enabled": config.train.precision == "bf16"},
         "communication_data_type": zero.reduce_dtype,
         # DeepSpeed would add micro batches up in bf16. Its stage 0 can do nothing else.
@@ -43,6 +45,11 @@ def deepspeed_config(config: Config) -> dict:
     if unread:
         raise UserFault(f"DeepSpeed {deepspeed.__version__} does not read {', '.join(sorted(unread))}; install the version in the constraints file")
     return generated
+
+
+def _is_plain(config: Config) -> bool:
+    """Whether DeepSpeed leaves AdamW as it is, unwrapped."""
+    return config.zero.stage == 0 and config.train.precision == "fp32"
 
 
 class _ReadKeys(dict):
@@ -72,9 +79,13 @@ def unread_keys(generated: dict) -> set[str]:
     return generated.keys() - watched.read
 
 
-def build_engine(config: Config) -> deepspeed.DeepSpeedEngine:
-    """Model, AdamW and DeepSpeed engine for a resolved configuration; call it on every rank."""
-    generated = deepspeed_config(config)
+def build_engine(config: Config, *, load_universal: bool = False) -> deepspeed.DeepSpeedEngine:
+    """Model, AdamW and DeepSpeed engine for a resolved configuration; call it on every rank.
+
+    Args:
+        load_universal: a checkpoint in the universal format will be loaded (``training.universal``).
+    """
+    generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
     with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
         model = GPT(config.model, attention_backend=config.attention.backend, activation_checkpointing=config.train.activation_checkpointing)
@@ -84,26 +95,38 @@ def build_engine(config: Config) -> deepspeed.DeepSpeedEngine:
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay),
         lr=0.0,  # train_step sets every step's rate; until then a step, such as DeepSpeed's below, must change nothing
-        betas=tuple(config.optimizer.betas),
-        eps=config.optimizer.eps,
         fused=torch.cuda.is_available(),
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
     if config.zero.stage == 0:
         # Its bf16 optimizer allocates the states by a step with zero gradients, which would count in Adam's bias correction.
         optimizer.state.clear()
+    set_hyperparameters(engine, config)
     # Ranks hold different samples, so their dropout masks must differ too; the initial weights must not.
     torch.manual_seed(config.run.seed + 1 + dist.get_rank())
     return engine
 
 
+def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, config: Config) -> None:
+    """Give AdamW the configuration's settings.  A loaded checkpoint brings its own, and a universal one those of one group for both."""
+    settings = config.optimizer
+    for group, weight_decay in zip(engine.optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
+        group |= {"betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": weight_decay}
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = settings.grad_clip
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: mean loss in nats per target token of the global batch, gradient norm before clipping, learning rate."""
+    """One optimizer step: mean loss in nats per target token of the global batch, gradient norm before clipping, learning rate.
+
+    ``applied`` is false where the loss or a gradient was not finite on some rank: then no rank has changed a parameter or a state.
+    """
 
     loss: float
     grad_norm: float
     lr: float
+    applied: bool
 
 
 def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], step: int, config: Config) -> StepResult:
@@ -120,14 +143,35 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torc
     # DeepSpeed averages gradients over ranks; times the world size that is the sum the division by targets needs.
     weight = dist.get_world_size() / targets.float()
     loss = torch.zeros_like(targets)
-    for tokens, labels in micro_batches:
+    for micro_batch, (tokens, labels) in enumerate(micro_batches, start=1):
         loss_sum = engine(tokens, labels)
-        engine.backward(loss_sum * weight, scale_wrt_gas=False)
-        if engine.optimizer is engine.basic_optimizer:  # not wrapped (stage 0 in fp32): nobody else tells the norm
-            norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters()])
-        engine.step()
         loss += loss_sum.detach()
-    dist.all_reduce(loss)
-    if engine.optimizer is not engine.basic_optimizer:
-        norm = engine.get_global_grad_norm()
-    return StepResult(loss=(loss / targets).item(), grad_norm=float(norm), lr=lr)
+        if micro_batch == len(micro_batches):
+            dist.all_reduce(loss)
+            # 0 or NaN: a loss that is not finite makes every rank's gradients NaN, and so no rank takes the step.
+            weight = weight + (loss * 0).float()
+        engine.backward(loss_sum * weight, scale_wrt_gas=False)
+        if micro_batch == len(micro_batches):
+            norm, applied = _take_plain_step(engine, config.optimizer.grad_clip) if _is_plain(config) else _take_step(engine)
+        else:
+            engine.step()
+    return StepResult(loss=(loss / targets).item(), grad_norm=norm, lr=lr, applied=applied)
+
+
+def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float, bool]:
+    """The optimizer step after the last micro batch: gradient norm before clipping, and whether the step was applied."""
+    engine.step()
+    return float(engine.get_global_grad_norm()), engine.was_step_applied()
+
+
+def _take_plain_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[float, bool]:
+    """``_take_step`` for AdamW that DeepSpeed has not wrapped."""
+    parameters = list(engine.module.parameters())
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    applied = math.isfinite(norm)
+    if not applied:
+        engine.zero_grad()  # AdamW passes over parameters without a gradient
+    elif grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    engine.step()
+    return float(norm), applied

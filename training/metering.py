@@ -12,9 +12,12 @@ from training.flops import hardware_flops_per_token, model_flops_per_token, peak
 
 
 class Meter:
-    """Turns step results and clock readings into rows; see ``training.flops`` for MFU and HFU."""
+    """Turns step results and clock readings into rows; see ``training.flops`` for MFU and HFU.
 
-    def __init__(self, config: Config, world: int):
+    elapsed_seconds: of earlier starts of the run.
+    """
+
+    def __init__(self, config: Config, world: int, *, elapsed_seconds: float = 0.0):
         model = config.model
         self.world = world
         self.tokens_per_step = config.train.global_batch_size * model.sequence_length
@@ -26,7 +29,11 @@ class Meter:
             **shape, recomputed_parameters=self.parameters["recomputed"], activation_checkpointing=config.train.activation_checkpointing)
         self.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         self.peak_flops = peak_flops(self.device_name, config.train.precision)
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - elapsed_seconds
+
+    def elapsed_seconds(self) -> float:
+        """Seconds since the start, and those of earlier starts of the run."""
+        return time.perf_counter() - self.started
 
     def description(self) -> dict:
         """What the rows assume, for run.json."""
@@ -41,7 +48,7 @@ class Meter:
             "step": step,
             "tokens": step * self.tokens_per_step,
             "flops": step * self.tokens_per_step * self.flops_per_token,
-            "elapsed_seconds": time.perf_counter() - self.started,
+            "elapsed_seconds": self.elapsed_seconds(),
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,

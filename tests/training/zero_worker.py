@@ -47,7 +47,8 @@ def global_batch(config: Config, step: int, ignored: bool = False) -> tuple[torc
 
 
 def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    tokens, labels = (x.chunk(dist.get_world_size())[dist.get_rank()] for x in global_batch(config, step, ignored))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, labels = (x.chunk(dist.get_world_size())[dist.get_rank()].to(device) for x in global_batch(config, step, ignored))
     return list(zip(tokens.split(config.train.micro_batch_size), labels.split(config.train.micro_batch_size), strict=True))
 
 

@@ -1,0 +1,53 @@
+"""Check checkpoints against their manifests: every file's size and SHA-256.
+
+    python scripts/verify_checkpoint.py runs/NAME [runs/NAME/checkpoints/step_00000100 ...]
+
+A run's folder stands for all of its checkpoints.  Exit code 0: all are intact; 1: one is damaged; 2: nothing to check.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training.manifest import MANIFEST_FILE, STATE_FILE, complete_checkpoints, faults_of, is_step_folder  # noqa: E402
+
+
+def checkpoints_of(path: Path) -> list[Path]:
+    """Newest first.  Raises ValueError when there is none."""
+    if is_step_folder(path) or (path / MANIFEST_FILE).exists():
+        return [path]
+    found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+    if not found:
+        raise ValueError(f"{path}: no checkpoint here; give the folder of a run, its checkpoints, or one checkpoint")
+    return found
+
+
+def describe(checkpoint: Path) -> str:
+    files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    layout = saved["layout"]
+    return (f"step {saved['loop']['step']}, {len(files)} files, {sum(entry['bytes'] for entry in files.values()) / 1e9:.3f} GB, "
+            f"{layout['world_size']} processes, ZeRO stage {layout['zero_stage']}, {layout['precision']}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT")
+    try:
+        checkpoints = [each for path in parser.parse_args().paths for each in checkpoints_of(path)]
+    except ValueError as error:
+        print(f"verify_checkpoint: {error}", file=sys.stderr)
+        return 2
+    damaged = False
+    for checkpoint in checkpoints:
+        faults = faults_of(checkpoint)
+        damaged |= bool(faults)
+        print(f"{checkpoint}: " + (f"DAMAGED: {'; '.join(faults)}" if faults else f"intact ({describe(checkpoint)})"))
+    return 1 if damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

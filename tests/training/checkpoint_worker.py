@@ -1,0 +1,159 @@
+"""Processes, two on CPUs or one a GPU, that save, load and convert checkpoints of every layout, and meet losses and gradients that are not finite."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+import model.gpt
+from tests.checkpoint_contents import tensor_hashes
+from tests.training.zero_worker import configure, micro_batches, train_plainly
+from tests.training.zero_worker import train as train_all
+from training.checkpoints import Checkpoint, LoopState, find_checkpoint, load, save
+from training.config import Config
+from training.distributed import end_process, gather, join_process_group
+from training.engine import build_engine, train_step
+
+LAYOUTS = list(itertools.product(range(4), ("fp32", "bf16")))
+SAVED_AT, END = 3, 6
+
+
+def configuration(stage: int, precision: str, *overrides: str) -> Config:
+    backend = "triton" if torch.cuda.is_available() else "sdpa"
+    return configure(f"zero.stage={stage}", f"train.precision={precision}", f"attention.backend={backend}", f"train.steps={END}", "optimizer.lr=1e-2",
+                     "optimizer.weight_decay=0.3", *overrides)
+
+
+def train(engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:
+    results = [train_step(engine, micro_batches(config, step), step, config) for step in range(first, last)]
+    assert all(result.applied for result in results)
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+def write(engine, folder: Path, step: int, config: Config) -> Path:
+    return save(engine, folder, LoopState(step=step), config, corpus_sha256="", parameters=30_000)
+
+
+def resumed(checkpoint: Checkpoint, config: Config, scratch: Path) -> dict:
+    engine = build_engine(config, load_universal=checkpoint.needs_conversion(config))
+    load(engine, checkpoint, config, scratch=scratch)
+    rows = train(engine, config, SAVED_AT, END)
+    seen = {"rows": rows, "adam_steps": sorted({float(state["step"]) for state in engine.basic_optimizer.state.values()}),
+            "weight_decays": [group["weight_decay"] for group in engine.optimizer.param_groups]}
+    end = write(engine, scratch, END, config)
+    engine.destroy()
+    return {**seen, "hashes": tensor_hashes(end)}
+
+
+def same_layout(out: Path) -> dict:
+    """6 steps against 3, saved, loaded into a fresh engine, and 3 more, with dropout."""
+    seen = {}
+    for stage, precision in LAYOUTS:
+        config, folder = configuration(stage, precision, "model.dropout=0.1"), out / f"{precision}-{stage}"
+        engine = build_engine(config)
+        train(engine, config, 0, SAVED_AT)
+        write(engine, folder, SAVED_AT, config)
+        whole = train(engine, config, SAVED_AT, END)
+        end = tensor_hashes(write(engine, out / "whole" / folder.name, END, config))
+        engine.destroy()
+        checkpoint, _ = find_checkpoint("auto", folder)
+        seen[f"{precision}-{stage}"] = {"whole": whole, "hashes": end, "resumed": resumed(checkpoint, config, out / "again" / folder.name)}
+    return seen
+
+
+def other_layouts(out: Path) -> dict:
+    """Every checkpoint into every layout; without dropout, whose masks would differ."""
+    seen = {}
+    for source, target in itertools.product(LAYOUTS, LAYOUTS):
+        if source[1] != target[1] and source[0] != target[0]:
+            continue
+        checkpoint = Checkpoint.read(out / f"{source[1]}-{source[0]}" / "step_00000003")
+        seen[f"{source[1]}-{source[0]} {target[1]}-{target[0]}"] = resumed(checkpoint, configuration(*target), out / "converted")
+    return seen
+
+
+def new_hyperparameters(out: Path) -> list:
+    config = configuration(2, "fp32", "optimizer.weight_decay=0.5", "optimizer.grad_clip=0.25", "optimizer.eps=1e-6")
+    engine = build_engine(config)
+    load(engine, Checkpoint.read(out / "fp32-2" / "step_00000003"), config, scratch=out)
+    groups = engine.optimizer.param_groups
+    seen = [[group["weight_decay"] for group in groups], [group["eps"] for group in groups], engine.optimizer.clip_grad]
+    engine.destroy()
+    return seen
+
+
+def initial_weights() -> dict:
+    """Whether every stage starts from the weights of a model built on a CPU by itself."""
+    seen = {}
+    for stage in range(4):
+        config = configuration(stage, "fp32")
+        engine = build_engine(config)
+        torch.manual_seed(config.run.seed)
+        plain = dict(model.gpt.GPT(config.model).named_parameters())
+        equal = True
+        for name, parameter in engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters(parameter, enabled=stage == 3):
+                equal &= torch.equal(parameter.data.cpu(), plain[name].data)
+        seen[stage] = equal
+        engine.destroy()
+    return seen
+
+
+def plain_and_zero() -> dict:
+    """Plain PyTorch on one process, on the CPU, and every stage, in fp32."""
+    stages = {stage: train_all(configuration(stage, "fp32")) for stage in range(4)}
+    return {"plain": train_plainly(configuration(0, "fp32")), "stages": stages}
+
+
+def not_finite(out: Path) -> dict:
+    """One loss, then one gradient, that is not finite, on the last rank alone, in the first of two micro batches."""
+    cross_entropy, seen = model.gpt.F.cross_entropy, {}
+    poison = None
+
+    def poisoned(logits, *arguments, **named):
+        nonlocal poison
+        kind, poison = poison, None
+        if kind == "gradient":
+            logits = logits * 1
+            logits.register_hook(lambda gradient: gradient * torch.nan)
+        loss = cross_entropy(logits, *arguments, **named)
+        return loss * torch.inf if kind == "loss" else loss
+
+    model.gpt.F.cross_entropy = poisoned
+    for stage, precision in LAYOUTS:
+        config = configuration(stage, precision, "train.gradient_accumulation_steps=2")
+        engine = build_engine(config)
+        train(engine, config, 0, 1)
+        results = []
+        for step, kind in ((1, "loss"), (2, "gradient")):
+            poison = kind if dist.get_rank() == dist.get_world_size() - 1 else None
+            result = train_step(engine, micro_batches(config, step), step, config)
+            results.append((repr(result.loss), repr(result.grad_norm), result.applied))
+        skipped = train(engine, config, 1, 3)
+        engine.destroy()
+        engine = build_engine(config)
+        train(engine, config, 0, 1)
+        undisturbed = train(engine, config, 1, 3)
+        engine.destroy()
+        seen[f"{precision}-{stage}"] = {"results": gather(results), "skipped": skipped, "undisturbed": undisturbed}
+    model.gpt.F.cross_entropy = cross_entropy
+    return seen
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])
+    join_process_group()
+    folder = out.parent / "checkpoints"
+    seen = {"same_layout": same_layout(folder), "other_layouts": other_layouts(folder), "new_hyperparameters": new_hyperparameters(folder),
+            "initial_weights": initial_weights(), "not_finite": not_finite(folder), "plain": plain_and_zero()}
+    if dist.get_rank() == 0:
+        out.write_text(json.dumps(seen))
+    end_process()
+
+
+if __name__ == "__main__":
+    main()

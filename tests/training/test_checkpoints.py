@@ -1,0 +1,65 @@
+"""Checkpoints of every ZeRO stage and precision: exact in their own layout, converted into every other; and steps that are not finite."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from tests.launching import deepspeed_run
+
+# Largest relative difference of loss and gradient norm: bits in fp32 sums, or what bf16 weights and gradients round.
+WITHIN_FP32, WITHIN_BF16_STAGES, ACROSS_PRECISIONS = (1e-6, 2e-6), (2e-5, 5e-4), (1e-4, 2e-3)
+
+
+@pytest.fixture(scope="module", params=["two CPU processes", pytest.param("one GPU", marks=pytest.mark.gpu), pytest.param("all GPUs", marks=pytest.mark.gpu)])
+def seen(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("checkpoints") / "seen.json"
+    processes = {"two CPU processes": 2, "one GPU": 1, "all GPUs": torch.cuda.device_count()}[request.param]
+    done = deepspeed_run("tests/training/checkpoint_worker.py", out, processes=processes, gpus="GPU" in request.param)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(seen):
+    assert len(seen["same_layout"]) == 8
+    for layout, run in seen["same_layout"].items():
+        assert run["resumed"]["rows"] == run["whole"], layout
+        assert run["resumed"]["hashes"] == run["hashes"] and len(run["hashes"]) >= 3, layout
+
+
+def test_every_layout_loads_into_every_other(seen):
+    assert len(seen["other_layouts"]) == 8 * 5
+    for conversion, run in seen["other_layouts"].items():
+        (source, *_), (target, *_) = layouts = [layout.split("-") for layout in conversion.split()]
+        expected = seen["other_layouts"]["-".join(layouts[0]) + " " + "-".join(layouts[0])]["rows"]
+        bounds = ACROSS_PRECISIONS if source != target else WITHIN_FP32 if source == "fp32" else WITHIN_BF16_STAGES
+        for found, wanted in zip(run["rows"], expected, strict=True):
+            assert found[0] == pytest.approx(wanted[0], rel=bounds[0]) and found[1] == pytest.approx(wanted[1], rel=bounds[1]), conversion
+        assert run["adam_steps"] == [6.0], "each parameter group counts its own steps"
+        assert run["weight_decays"] == [0.3, 0.0], conversion
+
+
+def test_a_resumed_run_takes_its_hyperparameters_from_the_configuration(seen):
+    assert seen["new_hyperparameters"] == [[0.5, 0.0], [1e-6, 1e-6], 0.25]
+
+
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(seen):
+    assert len(seen["not_finite"]) == 8
+    for layout, run in seen["not_finite"].items():
+        for rank in run["results"]:
+            (loss, norm, applied), (finite_loss, second_norm, second_applied) = rank
+            assert loss == "inf" and not applied and not second_applied, layout
+            assert math.isfinite(float(finite_loss)) and not math.isfinite(float(norm)) and not math.isfinite(float(second_norm)), layout
+        assert run["skipped"] == run["undisturbed"], f"{layout}: the skipped steps left a trace"
+
+
+def test_every_stage_on_every_device_starts_from_the_same_weights(seen):
+    assert seen["initial_weights"] == {"0": True, "1": True, "2": True, "3": True}
+
+
+def test_every_stage_trains_as_plain_pytorch_on_a_cpu(seen):
+    plain = seen["plain"]["plain"]
+    for stage, run in seen["plain"]["stages"].items():
+        assert run["losses"] == pytest.approx(plain["losses"], rel=1e-5), stage
+        assert run["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-4), stage

@@ -1,0 +1,285 @@
+"""Checkpoints: a crash at any moment leaves the last complete one usable, and none is read before it is found intact.
+
+    checkpoints/
+      latest                     the name of the newest complete one
+      step_00000100/
+        manifest.json            bytes and SHA-256 of every other file
+        state.json               LoopState, the configuration, and the layout it was saved in
+        rng_rank_00000.pt        the random generators of each rank
+        *_states.pt              DeepSpeed's: parameters and optimizer states
+
+A checkpoint is written as ``step_N.tmp``; only when every rank is done and every byte is on the disk is it renamed, and only then does
+``latest`` name it.  A folder without the suffix is therefore complete, and what its manifest does not confirm was damaged later.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from training.config import CheckpointSection, Config
+from training.distributed import UserFault, from_first_rank, gather, together
+from training.engine import set_hyperparameters
+from training.manifest import (MANIFEST_FILE, STATE_FILE, complete_checkpoints, faults_of, fsync_folder, is_step_folder, seal, step_folder, step_of,
+                               write_atomically, write_manifest)
+from training.universal import convert_to_universal, load_universal
+
+LATEST_FILE = "latest"
+# Bytes a parameter: fp32 master weight, two moments, and the bf16 copy that stages 0 to 2 write beside them.
+_BYTES_PER_PARAMETER = 14
+# All that DeepSpeed's checkpoints hold besides tensors and plain containers.
+ALLOWED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+@dataclass
+class LoopState:
+    """All that a resumed run needs besides parameters, optimizer states and random generators."""
+
+    step: int = 0  # optimizer steps taken, skipped ones included; data order and learning rate follow from it
+    skipped_steps: int = 0  # those whose loss or gradients were not finite
+    skipped_in_a_row: int = 0
+    elapsed_seconds: float = 0.0  # of training, over all starts of the run
+    wandb_id: str | None = None
+
+
+def layout(config: Config) -> dict[str, Any]:
+    """What decides which file holds what: another layout needs conversion."""
+    return {"world_size": dist.get_world_size(), "zero_stage": config.zero.stage, "precision": config.train.precision}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One complete checkpoint and the content of its state.json."""
+
+    folder: Path
+    saved: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Checkpoint":
+        return cls(folder, json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+    @property
+    def state(self) -> LoopState:
+        return LoopState(**self.saved["loop"])
+
+    def needs_conversion(self, config: Config) -> bool:
+        return self.saved["layout"] != layout(config)
+
+
+# --- Writing --------------------------------------------------------------------------------------------------------
+
+
+def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: LoopState, config: Config, *, corpus_sha256: str, parameters: int) -> Path:
+    """Write the checkpoint of ``state.step`` into ``folder``, point ``latest`` to it and prune older ones; call it on every rank.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        parameters: of the model, for the check that the disk has room.
+
+    Returns:
+        The new checkpoint's folder.  One of this step that was there (a damaged one, gone back over) is replaced.
+
+    Raises:
+        UserFault: the disk is full or not writable; earlier checkpoints are as they were.
+    """
+    final = step_folder(folder, state.step)
+    temporary = final.with_suffix(".tmp")
+    first = dist.get_rank() == 0
+    together(lambda: _make_room(folder, temporary, _BYTES_PER_PARAMETER * parameters), here=first)
+    try:
+        engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+        _save_generators(temporary)
+    except (OSError, RuntimeError) as error:  # torch tells a failed write by a RuntimeError
+        raise UserFault(f"{temporary} could not be written: {error}; earlier checkpoints are complete, mend the disk and start again") from error
+    if first:
+        saved = {"loop": dataclasses.asdict(state), "layout": layout(config), "config": config.model_dump(),
+                 "corpus_sha256": corpus_sha256, "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__}}
+        (temporary / STATE_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    dist.barrier()
+    mine = sorted(temporary.iterdir())[dist.get_rank() :: dist.get_world_size()]
+    seals = gather(together(lambda: {file.name: seal(file) for file in mine}))
+    together(lambda: _publish(temporary, final, {name: entry for part in seals for name, entry in part.items()}, config.checkpoint), here=first)
+    return final
+
+
+def _make_room(folder: Path, temporary: Path, needed: int) -> None:
+    """Remove what earlier crashes left, and see that the disk has room."""
+    temporary.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("*.tmp"):
+        shutil.rmtree(left)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserFault(f"{folder}: a checkpoint needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; earlier checkpoints are complete: "
+                        f"free some space, lower checkpoint.keep_last, or choose another run.output_dir, and start again")
+
+
+def _save_generators(folder: Path) -> None:
+    generators = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        generators["cuda"] = torch.cuda.get_rng_state()
+    torch.save(generators, folder / f"rng_rank_{dist.get_rank():05d}.pt")
+
+
+def _publish(temporary: Path, final: Path, seals: dict[str, Any], section: CheckpointSection) -> None:
+    write_manifest(temporary, seals)
+    if final.exists():
+        _remove(final)
+    temporary.rename(final)
+    fsync_folder(final.parent)
+    write_atomically(final.parent / LATEST_FILE, final.name + "\n")
+    for old in complete_checkpoints(final.parent)[section.keep_last :]:
+        if not section.keep_every or step_of(old) % section.keep_every:
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """By way of another name: half a checkpoint must not look like one."""
+    doomed = folder.with_suffix(".old.tmp")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+# --- Finding --------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(resume: str, folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that ``checkpoint.resume`` asks for, found intact; call it on every rank.
+
+    Args:
+        resume: ``auto`` takes the newest intact one of this run, if it has any; ``never`` none; anything else is the path of a
+            checkpoint, or of a run, whose newest intact one is taken.
+        folder: this run's ``checkpoints``.
+
+    Returns:
+        The checkpoint, None where the run starts from the beginning; and a line for each damaged one that was passed over.
+
+    Raises:
+        UserFault: what is asked for is not there or damaged, or none of several is intact.
+    """
+    if resume == "never":
+        return None, []
+    if resume == "auto":
+        candidates = from_first_rank(lambda: complete_checkpoints(folder))
+        if not candidates:
+            return None, []
+    else:
+        candidates = from_first_rank(lambda: _named_ones(Path(resume)))
+        newer = [each for each in from_first_rank(lambda: complete_checkpoints(folder)) if each.resolve() > candidates[0].resolve()]
+        if newer and candidates[0].resolve().parent == folder.resolve():
+            raise UserFault(f"checkpoint.resume: this run has newer checkpoints than {candidates[0]} ({newer[0].name}); "
+                            "branch off under another run.name, or move them away")
+    damaged = []
+    for candidate in candidates:
+        shares = gather(faults_of(candidate, share=slice(dist.get_rank(), None, dist.get_world_size())))
+        faults = [fault for share in shares for fault in share]
+        if not faults:
+            return from_first_rank(lambda: Checkpoint.read(candidate)), damaged
+        damaged.append(f"checkpoint {candidate} is damaged and passed over: {faults[0]}" + f" (and {len(faults) - 1} more)" * (len(faults) > 1))
+    raise UserFault("\n".join(damaged) + f"\ncheckpoint.resume={resume}: no intact checkpoint is left; "
+                    "checkpoint.resume=never and another run.name start from the beginning")
+
+
+def _named_ones(path: Path) -> list[Path]:
+    if is_step_folder(path) or (path / MANIFEST_FILE).exists():
+        return [path]
+    complete = complete_checkpoints(path / "checkpoints")
+    if not complete:
+        what = "holds no checkpoint" if path.exists() else "does not exist"
+        raise UserFault(f"checkpoint.resume: {path} {what}; give the folder of a run or of one checkpoint (runs/NAME/checkpoints/step_...)")
+    return complete
+
+
+def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) -> list[str]:
+    """A line for each setting that changed since the checkpoint was saved.
+
+    Raises:
+        UserFault: one changed that the saved weights or the order of the data do not survive.
+    """
+    fixed = {"run.seed", "train.global_batch_size"}
+    free = {"run", "checkpoint", "tracking", "sample", "eval", "attention.backend", "data.corpus"}
+    changed, faults = [], []
+    before, now = _flat(checkpoint.saved["config"]), _flat(config.model_dump())
+    before["data.corpus_sha256"], now["data.corpus_sha256"] = checkpoint.saved["corpus_sha256"], corpus_sha256
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) == now.get(key):
+            continue
+        line = f"{key}: {before.get(key)} -> {now.get(key)}"
+        if key in fixed or key == "data.corpus_sha256" or (key.startswith("model.") and key != "model.dropout"):
+            faults.append(line)
+        elif key.split(".")[0] not in free:
+            changed.append(f"changed since the checkpoint: {line}")
+    if faults:
+        raise UserFault(f"{checkpoint.folder} does not fit this configuration; take the checkpoint's values, or start another run:\n  " + "\n  ".join(faults))
+    return changed
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+# --- Loading --------------------------------------------------------------------------------------------------------
+
+
+def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Config, *, scratch: Path) -> None:
+    """Put a checkpoint's parameters, optimizer states and random generators into a fresh engine; call it on every rank.
+
+    A checkpoint of another number of ranks, ZeRO stage or precision is converted first, into ``scratch``; its random generators
+    cannot be shared out anew, so each rank's are then seeded from the run's seed and the step.
+
+    Raises:
+        UserFault: a file holds more than tensors and the few classes of DeepSpeed's that belong there.
+    """
+    if checkpoint.needs_conversion(config):
+        universal = scratch / f"{checkpoint.folder.name}.universal.tmp"
+
+        def convert() -> None:
+            with _only_tensors(checkpoint.folder):
+                convert_to_universal(checkpoint.folder, universal, checkpoint.saved["layout"], config.model)
+
+        together(convert, here=dist.get_rank() == 0)
+        with _only_tensors(universal):
+            load_universal(engine, universal, config.model)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(universal)
+        torch.manual_seed(config.run.seed + 1 + dist.get_rank() + dist.get_world_size() * checkpoint.state.step)
+    else:
+        with _only_tensors(checkpoint.folder):
+            engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+            generators = torch.load(checkpoint.folder / f"rng_rank_{dist.get_rank():05d}.pt", weights_only=True)
+        torch.set_rng_state(generators["cpu"])
+        if torch.cuda.is_available() and "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"])
+    set_hyperparameters(engine, config)
+
+
+@contextlib.contextmanager
+def _only_tensors(folder: Path) -> Iterator[None]:
+    """Within it torch.load, wherever DeepSpeed calls it, builds tensors, plain containers and the allowed classes alone."""
+    name, before = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(ALLOWED_CLASSES):
+            yield
+    except pickle.UnpicklingError as error:
+        raise UserFault(f"{folder} was not loaded: a file in it would run code. {str(error).splitlines()[0]}") from error
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
