@@ -86,9 +86,16 @@ def _check_shapes(q, k, v):
         raise ValueError(f"attention: q, k and v must share dtype and device, got {got}")
 
 
+# Both imported on first use: a CPU installation of torch comes without triton.
 def _triton(q, k, v, *, causal, scale, return_lse):
-    # Imported on first use: a CPU installation of torch comes without triton.
     from kernels.attention.triton_forward import attention_forward
+
+    out, lse = attention_forward(q, k, v, causal, scale)
+    return out, lse if return_lse else None
+
+
+def _hopper(q, k, v, *, causal, scale, return_lse):
+    from kernels.attention.hopper_forward import attention_forward
 
     out, lse = attention_forward(q, k, v, causal, scale)
     return out, lse if return_lse else None
@@ -102,4 +109,5 @@ _IMPLEMENTATIONS = {
     "sdpa_flash": partial(sdpa, kernel=SDPBackend.FLASH_ATTENTION),
     "sdpa_efficient": partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION),
     "triton": _triton,
+    "hopper": _hopper,
 }

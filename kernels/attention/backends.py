@@ -1,5 +1,6 @@
 """Which backend computes what: a table, refusals that follow from it, what "auto" chooses; PyTorch's kernels under our signature."""
 
+import importlib.metadata
 import importlib.util
 import os
 from contextlib import nullcontext
@@ -13,6 +14,8 @@ from kernels.attention.masks import causal_mask
 
 HALF = (torch.float16, torch.bfloat16)
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+TRITON_VERSION = importlib.metadata.version("triton") if TRITON_INSTALLED else None
+GLUON_TESTED_WITH = ("3.6.0",)  # Gluon is experimental: it changes from one version of Triton to the next
 # The values that Triton takes for true. It reads them when the kernels are defined: setting the variable later has no effect.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 # Compute capabilities of which PyTorch's flash kernel computes some head_dims without gradients.
@@ -31,6 +34,7 @@ class Capabilities:
     grouped: bool = True  # fewer key heads than query heads
     unequal_causal: bool = True  # causal with seq_q != seq_k
     lse: bool = False  # returns the log-sum-exp
+    newer_gpus: bool = True  # runs on later compute capabilities too
 
 
 BACKENDS = {
@@ -40,6 +44,7 @@ BACKENDS = {
     "sdpa_cudnn": Capabilities(("cuda",), (8, 0), HALF, range(8, 129, 8), unequal_causal=False),
     "sdpa_flash": Capabilities(("cuda",), (8, 0), HALF, range(8, 257, 8), range(200, 225, 8), unequal_causal=False),
     "sdpa_efficient": Capabilities(("cuda",), (5, 0), (*HALF, torch.float32), range(8, 65536, 8), grouped=False),
+    "hopper": Capabilities(("cuda",), (9, 0), HALF, range(64, 129, 64), lse=True, newer_gpus=False),
     "triton": Capabilities(("cpu", "cuda") if INTERPRETED else ("cuda",), (8, 0), (*HALF, torch.float32), range(16, 257), lse=True),
 }
 REMEDIES = ("triton", "sdpa", "tiled", "eager")  # offered in this order when another backend is refused
@@ -78,6 +83,9 @@ def choose(
 ) -> tuple[str, str]:
     """What "auto" means: (backend, why). Arguments as in `unsupported`. ValueError when no backend can do it."""
     asked = dict(device_type=device_type, dtype=dtype, head_dim=head_dim, compute_capability=compute_capability, **asked)
+    not_hopper = _unmet_need("hopper", **asked) if compute_capability is not None else "needs a GPU that is known"
+    if not_hopper is None:
+        return "hopper", "our kernel for Hopper runs on this GPU, dtype and head_dim"
     if device_type == "cpu":
         not_triton = "triton is for GPUs"
     elif INTERPRETED:
@@ -85,7 +93,7 @@ def choose(
     else:
         not_triton = unsupported("triton", **asked)
     if not_triton is None:
-        return "triton", "our kernel runs on this device, dtype and head_dim"
+        return "triton", f"our portable kernel, because hopper {not_hopper}"
     not_sdpa = unsupported("sdpa", **asked)
     if not_sdpa is None:
         return "sdpa", f"PyTorch's own choice of kernel, because {not_triton}"
@@ -95,17 +103,24 @@ def choose(
     raise ValueError(not_tiled)
 
 
-def _unmet_need(backend, device_type, dtype, head_dim, compute_capability, grouped, unequal_causal, return_lse) -> str | None:
+def _unmet_need(
+    backend, device_type, dtype, head_dim, compute_capability=None, grouped=False, unequal_causal=False, return_lse=False
+) -> str | None:
     can = BACKENDS[backend]
-    if backend == "triton" and not TRITON_INSTALLED:
+    if backend in ("triton", "hopper") and not TRITON_INSTALLED:
         return "needs the package triton, which is not installed"
     if device_type not in can.devices:
         hint = " (on the CPU only Triton's interpreter runs it: TRITON_INTERPRET=1, for tests)" if backend == "triton" else ""
         return f"runs on {' and '.join(can.devices)}, not on {device_type}{hint}"
     if backend == "triton" and INTERPRETED and dtype is torch.bfloat16:
         return "is wrong in bfloat16 under TRITON_INTERPRET=1 (the interpreter multiplies the raw bits; float16 and float32 are right)"
-    if device_type == "cuda" and compute_capability is not None and compute_capability < can.compute_capability:
-        return f"needs compute capability {_dotted(can.compute_capability)}, and this GPU has {_dotted(compute_capability)}"
+    if backend == "hopper" and INTERPRETED:
+        return "cannot run under TRITON_INTERPRET=1"
+    if device_type == "cuda" and compute_capability is not None:
+        if compute_capability < can.compute_capability or compute_capability != can.compute_capability and not can.newer_gpus:
+            return f"needs compute capability {_dotted(can.compute_capability)}, and this GPU has {_dotted(compute_capability)}"
+    if backend == "hopper" and TRITON_VERSION not in GLUON_TESTED_WITH:
+        return f"needs triton {' or '.join(GLUON_TESTED_WITH)}, and {TRITON_VERSION} is installed"
     if dtype not in can.dtypes:
         return f"needs {' or '.join(_name(d) for d in can.dtypes)}, not {_name(dtype)}"
     if not _within(head_dim, can.head_dims):

@@ -160,7 +160,7 @@ def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads = k.shape[1:3]
-    out, lse = _outputs(q, k, v, causal, scale)
+    out, lse = outputs(q, k, v, causal, scale)
     block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, head_dim)
     with torch.cuda.device_of(q):
         forward_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
@@ -175,18 +175,18 @@ def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal:
 
 
 @attention_forward.register_fake
-def _outputs(q, k, v, causal, scale):
+def outputs(q, k, v, causal, scale):
     batch, seq_q, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
 
 
-def _save(ctx, inputs, output):
+def save_for_backward(ctx, inputs, output):
     q, k, v, ctx.causal, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dout, dlse):
+def differentiate(ctx, dout, dlse):
     # Imported here because the backward's kernels use this file's helpers.
     from kernels.attention.triton_backward import attention_backward
 
@@ -195,4 +195,4 @@ def _differentiate(ctx, dout, dlse):
     return *attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale), None, None
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_save)
+attention_forward.register_autograd(differentiate, setup_context=save_for_backward)

@@ -13,6 +13,23 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline: tiles in flight from global to shared memory
 
 
+class HopperTile(NamedTuple):
+    """Of the warp-specialised kernels (sm_90a): one warp loads, `warpgroups` of 128 threads compute 64 queries each."""
+
+    warpgroups: int
+    keys: int
+    stages: int  # tiles of K, and of V, in shared memory
+    programs: int  # that share a multiprocessor
+    overlap: bool  # the softmax of a tile runs under the matrix products of the one before
+    turns: bool  # the warpgroups issue their products in turn
+
+    def registers(self, load: int) -> tuple[int, int]:
+        """(of a computing thread once the loading warpgroup has shrunk to `load` registers a thread, of every thread at the start)."""
+        threads = 128 * (self.warpgroups + 1)
+        at_start = 65536 // self.programs // threads // 8 * 8
+        return (at_start * threads - 128 * load) // (128 * self.warpgroups) // 8 * 8, at_start
+
+
 # The table's rows are head_dim rounded up to a row that exists. A generation's limit of shared memory per block (163 KB on sm_80, 99 KB on
 # sm_86, 227 KB on sm_90 and sm_100) bounds stages * tiles; float32 tiles are small because exact float32 products run on the FMA units.
 _FLOAT32 = {
@@ -71,3 +88,15 @@ def tile(device: torch.device, which: str, dtype: torch.dtype, head_dim: int) ->
 def tile_for(arch: str, which: str, dtype: torch.dtype, head_dim: int) -> Tile:
     rows = (_FLOAT32 if dtype is torch.float32 else _HALF[arch])[which]
     return rows[next(row for row in HEAD_DIMS if head_dim <= row)]
+
+
+def hopper_tile(head_dim: int, causal: bool, seq_q: int, seq_k: int) -> HopperTile:
+    """The forward's tile; docs/hopper_forward.md has the measurements behind it."""
+    diagonal_crosses_tiles = causal and (seq_k - seq_q) % 64 != 0  # needs a second mask, and registers for it
+    if head_dim == 64:
+        if causal and (seq_k <= 2048 or diagonal_crosses_tiles):
+            return HopperTile(warpgroups=2, keys=64, stages=3, programs=2, overlap=False, turns=False)
+        return HopperTile(warpgroups=3, keys=128, stages=3, programs=1, overlap=True, turns=True)
+    if causal and seq_k <= 512:
+        return HopperTile(warpgroups=2, keys=64, stages=4, programs=1, overlap=True, turns=False)
+    return HopperTile(warpgroups=2, keys=128, stages=2, programs=1, overlap=True, turns=False)

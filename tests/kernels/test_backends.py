@@ -16,9 +16,21 @@ H100 = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, compute_capab
 CPU = dict(device_type="cpu", dtype=torch.float32, head_dim=64)
 
 
-def test_auto_takes_our_kernel_on_ampere_and_newer_and_pytorchs_elsewhere():
-    assert choose(**H100)[0] == "triton"
-    assert choose(**H100 | dict(compute_capability=(8, 0)))[0] == "triton"
+@pytest.fixture(autouse=True)
+def tested_triton(monkeypatch):
+    monkeypatch.setattr("kernels.attention.backends.TRITON_VERSION", "3.6.0")
+
+
+def test_auto_takes_our_kernels_on_ampere_and_newer_and_pytorchs_elsewhere():
+    assert choose(**H100)[0] == "hopper"
+    for asked, reason in (
+        (dict(compute_capability=(8, 0)), "hopper needs compute capability 9.0, and this GPU has 8.0"),
+        (dict(compute_capability=(10, 0)), "hopper needs compute capability 9.0, and this GPU has 10.0"),
+        (dict(compute_capability=None), "hopper needs a GPU that is known"),
+        (dict(head_dim=96), "hopper needs head_dim from 64 to 128, a multiple of 64, not 96"),
+        (dict(dtype=torch.float32), "hopper needs float16 or bfloat16, not float32"),
+    ):
+        assert choose(**H100 | asked) == ("triton", f"our portable kernel, because {reason}")
     assert choose(**CPU)[0] == "sdpa"
     for asked in (dict(compute_capability=(7, 5)), dict(head_dim=512), dict(dtype=torch.float64)):
         backend, why = choose(**H100 | asked)
@@ -27,7 +39,15 @@ def test_auto_takes_our_kernel_on_ampere_and_newer_and_pytorchs_elsewhere():
 
 def test_auto_takes_a_backend_that_returns_the_log_sum_exp_when_that_is_asked():
     assert choose(**CPU, return_lse=True)[0] == "tiled"
-    assert choose(**H100, return_lse=True)[0] == "triton"
+    assert choose(**H100, return_lse=True)[0] == "hopper"
+    assert choose(**H100 | dict(head_dim=80), return_lse=True)[0] == "triton"
+
+
+def test_hopper_is_refused_with_a_triton_that_it_was_not_tested_with(monkeypatch):
+    monkeypatch.setattr("kernels.attention.backends.TRITON_VERSION", "3.9.0")
+    assert choose(**H100) == ("triton", "our portable kernel, because hopper needs triton 3.6.0, and 3.9.0 is installed")
+    reason = unsupported("hopper", **H100)
+    assert reason == "attention.backend=hopper needs triton 3.6.0, and 3.9.0 is installed; use triton or sdpa"
 
 
 @pytest.mark.parametrize(
@@ -43,6 +63,8 @@ def test_auto_takes_a_backend_that_returns_the_log_sum_exp_when_that_is_asked():
         ("triton", H100 | dict(head_dim=8), "needs head_dim from 16 to 256, not 8; use sdpa or tiled"),
         ("triton", H100 | dict(compute_capability=(7, 5)), "needs compute capability 8.0, and this GPU has 7.5; use sdpa or tiled"),
         ("triton", CPU, "TRITON_INTERPRET=1"),
+        ("hopper", CPU, "attention.backend=hopper runs on cuda, not on cpu; use sdpa or tiled"),
+        ("hopper", H100 | dict(compute_capability=(12, 0)), "needs compute capability 9.0, and this GPU has 12.0; use triton or sdpa"),
         ("flash", CPU, "attention.backend=flash is not known; choose one of auto, eager, tiled, sdpa"),
     ],
 )
@@ -138,6 +160,7 @@ def test_triton_is_interpreted_where_triton_says_so():
 def test_the_interpreter_is_never_chosen_and_takes_no_bfloat16_on_any_device(monkeypatch):
     monkeypatch.setattr("kernels.attention.backends.INTERPRETED", True)
     assert "wrong in bfloat16 under TRITON_INTERPRET" in unsupported("triton", **H100)
+    assert "hopper cannot run under TRITON_INTERPRET=1" in unsupported("hopper", **H100)
     assert unsupported("triton", **H100 | dict(dtype=torch.float16)) is None
     backend, why = choose(**H100 | dict(dtype=torch.float16))
     assert backend == "sdpa" and "TRITON_INTERPRET" in why
@@ -149,7 +172,7 @@ def test_triton_is_not_imported_before_it_is_used():
         from kernels.attention import attention
         x = torch.zeros(1, 2, 1, 16)
         attention(x, x, x)
-        assert "kernels.attention.triton_forward" not in sys.modules
+        assert not {"kernels.attention.triton_forward", "kernels.attention.hopper_forward"} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
@@ -157,4 +180,5 @@ def test_triton_is_not_imported_before_it_is_used():
 def test_a_missing_triton_is_named(monkeypatch):
     monkeypatch.setattr("kernels.attention.backends.TRITON_INSTALLED", False)
     assert "needs the package triton, which is not installed; use sdpa or tiled" in unsupported("triton", **H100)
+    assert "needs the package triton, which is not installed; use sdpa or tiled" in unsupported("hopper", **H100)
     assert choose(**H100)[0] == "sdpa"

@@ -1,0 +1,563 @@
+"""FlashAttention forward for Hopper (sm_90a) in Gluon: `recipe::hopper_attention_forward`. `reference.tiled` is its specification.
+
+One or two programs stay on each multiprocessor. A program has one warp that loads and two or three warpgroups (4 warps each) that compute;
+a work item is a tile of queries of one head, 64 queries for each warpgroup, and all its warpgroups read the same tiles of keys.
+
+      load, one warp                 shared memory                     compute, each warpgroup
+
+    claim a work item
+    wait q_free[slot]
+    TMA: Q and the item  ------>  q[2], work[2]  -- q_full[slot] -->  take the item
+    for each tile of keys, the last tile first:
+      wait k_free[stage]
+      TMA: K  ----------------->  k[stages]  --- k_full[stage] ---->  S = Q K^T           then arrive at k_free[stage]
+      wait v_free[stage]                                              P = exp2(S - max)
+      TMA: V  ----------------->  v[stages]  --- v_full[stage] ---->  O = O rescale + P V  then arrive at v_free[stage]
+                                                                      arrive at q_free[slot] after the item's last S
+                                  out[warpgroup]  <-----------------  O / sum, which TMA stores under the next item
+
+The full barriers are mbarriers: use n of a slot, which n // slots uses precede, completes its phase (n // slots) % 2; both sides count n.
+The free barriers are the hardware's named barriers: all computing threads arrive, the loading warp synchronises. They need no phase: a
+warpgroup arrives for use n only after its full barrier, which the loading warp fills only after it has synchronised for use n - slots.
+The first use of a slot waits for nothing. (mbarriers would do here too, but Gluon's arrive first stops the whole warpgroup.)
+
+With OVERLAP a warpgroup issues the scores of tile i and then the output of tile i - 1, waits for the scores alone, and computes the softmax
+of tile i while the matrix units still work on the output of tile i - 1:
+
+    matrix units    S(i)  O(i-1)  [other warpgroups']        S(i+1)  O(i)
+    this warpgroup        [softmax of S(i)        ] O rescaled        [softmax of S(i+1) ...
+
+With TURNS, which goes with OVERLAP alone, the warpgroups issue in a fixed circle, so that their softmaxes spread out. Without OVERLAP each
+product is waited for: that needs so few registers that two programs fit on a multiprocessor, and one computes while the other starts or
+ends an item, which is better for short rows.
+
+Masked tiles come first in an item, so the loop over the rest has no mask. Scores are kept in base 2, s * log2(e), for the hardware's exp2.
+Names carry their shape: M the 64 queries of a warpgroup, N keys of a tile, D head_dim. Distributed layouts are those of the matrix unit's
+accumulator: a row lies in four lanes of one warp, so its maximum is two shuffles away, and its sum is left apart in those four lanes until
+the end. P as a left operand (p_MN) has the same elements in the same threads, in half precision.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import _aggregate as aggregate  # exported to Gluon programs by this name alone
+
+from kernels.attention.triton_forward import LOG2_E, differentiate, outputs, save_for_backward
+from kernels.attention.tuning import HopperTile, hopper_tile
+
+QUERIES = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
+WARPGROUP = gl.constexpr(128)  # threads
+Q_SLOTS = gl.constexpr(2)
+ITEM_FIELDS = gl.constexpr(4)  # batch, head, first query; a power of two
+FIRST_FREE_BARRIER = gl.constexpr(5)  # of the hardware's 16; Triton takes 0, 1 and one for each partition
+LOAD_REGISTERS = 24  # the least that setmaxnreg takes
+LN_2 = gl.constexpr(math.log(2))
+L2_FOR_KEYS = 32 << 20  # bytes of K and V that stay in L2 (50 MB on an H100) beside the Q and O that stream through
+GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+
+
+@aggregate
+class Problem:
+    """What every partition knows: lengths, tile sizes, and the numbers of the hardware barriers."""
+
+    seq_q: gl.tensor
+    seq_k: gl.tensor
+    WARPGROUPS: gl.constexpr
+    KEYS: gl.constexpr
+    STAGES: gl.constexpr
+    CAUSAL: gl.constexpr
+    HIDE_FIRST: gl.constexpr
+    HIDE_SECOND: gl.constexpr
+    OVERLAP: gl.constexpr
+    TURNS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, seq_q, seq_k, WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS):
+        self.seq_q = seq_q
+        self.seq_k = seq_k
+        self.WARPGROUPS = gl.constexpr(WARPGROUPS)
+        self.KEYS = gl.constexpr(KEYS)
+        self.STAGES = gl.constexpr(STAGES)
+        self.CAUSAL = gl.constexpr(CAUSAL)
+        self.HIDE_FIRST = gl.constexpr(HIDE_FIRST)
+        self.HIDE_SECOND = gl.constexpr(HIDE_SECOND)
+        self.OVERLAP = gl.constexpr(OVERLAP)
+        self.TURNS = gl.constexpr(TURNS)
+
+    @gluon.jit
+    def key_tiles(self, first_query, COUNT: gl.constexpr):
+        """How many tiles of keys the queries first_query .. first_query + COUNT see; at least one, which may be hidden altogether."""
+        end = self.seq_k
+        if self.CAUSAL:
+            end = gl.minimum(self.seq_k, gl.maximum(1, first_query + COUNT + self.seq_k - self.seq_q))
+        return (end + self.KEYS - 1) // self.KEYS
+
+    @gluon.jit
+    def k_free(self, stage):
+        return FIRST_FREE_BARRIER + stage
+
+    @gluon.jit
+    def v_free(self, stage):
+        return FIRST_FREE_BARRIER + self.STAGES + stage
+
+    @gluon.jit
+    def q_free(self, slot):
+        return FIRST_FREE_BARRIER + 2 * self.STAGES + slot
+
+    @gluon.jit
+    def turn(self, warpgroup):
+        return FIRST_FREE_BARRIER + 2 * self.STAGES + Q_SLOTS + warpgroup
+
+
+@aggregate
+class Shared:
+    """Shared memory: tiles, the work items in flight, and the full barriers. The leading dimension counts slots."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    out: gl.shared_memory_descriptor
+    work: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    k_full: gl.shared_memory_descriptor
+    v_full: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, out, work, q_full, k_full, v_full):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.out = out
+        self.work = work
+        self.q_full = q_full
+        self.k_full = k_full
+        self.v_full = v_full
+
+
+@gluon.constexpr_function
+def _barrier_instruction(what, threads):
+    return f"bar.{what} $1, {threads}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def arrive(barrier, THREADS: gl.constexpr):
+    gl.inline_asm_elementwise(_barrier_instruction("arrive", THREADS), "=r,r,~{memory}", [barrier], gl.int32, False, 1)
+
+
+@gluon.jit
+def synchronise(barrier, THREADS: gl.constexpr):
+    gl.inline_asm_elementwise(_barrier_instruction("sync", THREADS), "=r,r,~{memory}", [barrier], gl.int32, False, 1)
+
+
+@gluon.jit
+def claim(counter):
+    """Adds 1 to the counter without waiting for the old value, which `claimed` waits for (gl.atomic_add waits at once)."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0;"
+        " @first atom.global.relaxed.gpu.add.u32 $0, [$1], 1; }",
+        "=r,l,~{memory}", [gl.full([1], 0, gl.int64, layout) + counter.to(gl.int64)], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def claimed(ticket):
+    broadcast = gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [ticket], gl.int32, False, 1)
+    return gl.max(broadcast, 0)  # of one element: the scalar
+
+
+@gluon.jit
+def hand_over(shared, slot, batch, head, first_query):
+    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    shared.work.index(slot * ITEM_FIELDS).store(zero + batch)
+    shared.work.index(slot * ITEM_FIELDS + 1).store(zero + head)
+    shared.work.index(slot * ITEM_FIELDS + 2).store(zero + first_query)
+
+
+@gluon.jit
+def take(shared, slot, FIELD: gl.constexpr):
+    return gl.max(shared.work.index(slot * ITEM_FIELDS + FIELD).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+
+
+@gluon.jit
+def work_item(item, heads_at_once, batch_heads, query_tiles, CAUSAL: gl.constexpr):
+    """(head in the batch, tile of queries) of an item. Causal: tiles that see most keys first, over heads whose keys L2 holds together."""
+    if CAUSAL:
+        first_head = item // (heads_at_once * query_tiles) * heads_at_once
+        rank = item - first_head * query_tiles
+        heads = gl.minimum(heads_at_once, batch_heads - first_head)
+        return first_head + rank % heads, query_tiles - 1 - rank // heads
+    return item // query_tiles, item % query_tiles
+
+
+@gluon.jit
+def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
+    """The loading warp. Items are handed out by a counter in global memory, which the last claim of a launch sets back to 0."""
+    STAGES: gl.constexpr = problem.STAGES
+    WARPGROUPS: gl.constexpr = problem.WARPGROUPS
+    THREADS: gl.constexpr = WARPGROUPS * WARPGROUP + 32
+    TILE: gl.constexpr = WARPGROUPS * QUERIES
+    heads = q_desc.shape[1]
+    group = heads // k_desc.shape[1]
+    batch_heads = q_desc.shape[0] * heads
+    query_tiles = (problem.seq_q + TILE - 1) // TILE
+    items = batch_heads * query_tiles
+
+    item = gl.program_id(0)
+    taken = 0  # items, of which Q's slot and phase follow
+    step = 0  # tiles of keys of all items, of which K's and V's stage and phase follow
+    while item < items:
+        batch_head, query_tile = work_item(item, heads_at_once, batch_heads, query_tiles, problem.CAUSAL)
+        batch = batch_head // heads
+        head = batch_head % heads
+        first_query = query_tile * TILE
+        slot = taken % Q_SLOTS
+        if taken >= Q_SLOTS:
+            synchronise(problem.q_free(slot), THREADS)
+        hand_over(shared, slot, batch, head, first_query)
+        mbarrier.expect(shared.q_full.index(slot), WARPGROUPS * q_desc.block_type.nbytes)
+        for i in gl.static_range(WARPGROUPS):
+            q_MD = shared.q.index(slot * WARPGROUPS + i)
+            tma.async_copy_global_to_shared(q_desc, [batch, head, first_query + i * QUERIES, 0], shared.q_full.index(slot), q_MD)
+        ticket = claim(counter)
+        tiles = problem.key_tiles(first_query, TILE)
+        for i in range(tiles):
+            stage = step % STAGES
+            place = [batch, head // group, (tiles - 1 - i) * problem.KEYS, 0]
+            if step >= STAGES:
+                synchronise(problem.k_free(stage), THREADS)
+            mbarrier.expect(shared.k_full.index(stage), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, place, shared.k_full.index(stage), shared.k.index(stage))
+            if step >= STAGES:
+                synchronise(problem.v_free(stage), THREADS)
+            mbarrier.expect(shared.v_full.index(stage), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, place, shared.v_full.index(stage), shared.v.index(stage))
+            step += 1
+        taken += 1
+        item = gl.num_programs(0) + claimed(ticket)
+
+    slot = taken % Q_SLOTS
+    if taken >= Q_SLOTS:
+        synchronise(problem.q_free(slot), THREADS)
+    hand_over(shared, slot, -1, 0, 0)
+    mbarrier.expect(shared.q_full.index(slot), 0)
+    if item == items + gl.num_programs(0) - 1:
+        gl.store(counter, 0)
+
+
+@gluon.jit
+def hide(s_MN, first_query, first_key, problem):
+    """-inf for the scores of keys that a query must not see: those after it, or those past the end."""
+    layout: gl.constexpr = s_MN.type.layout
+    if not problem.CAUSAL:
+        # The tile is the same in every item. Were the compiler to know, it would compare beforehand and keep, and spill, what comes of it.
+        first_key = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first_key], gl.int32, False, 1)
+    key_N = first_key + gl.arange(0, problem.KEYS, gl.SliceLayout(0, layout))
+    if problem.CAUSAL:
+        last_M = first_query + (problem.seq_k - problem.seq_q) + gl.arange(0, QUERIES, gl.SliceLayout(1, layout))
+        return gl.where(gl.expand_dims(key_N, 0) <= gl.expand_dims(last_M, 1), s_MN, float("-inf"))
+    return gl.where(gl.expand_dims(key_N < problem.seq_k, 0), s_MN, float("-inf"))
+
+
+@gluon.jit
+def sum_apart(p_MN):
+    """Row sums of the elements that a thread holds, [M, 4]: the four lanes of a row are left apart."""
+    return gl.sum(gl.sum(gl.reshape(p_MN, [p_MN.type.shape[0], p_MN.type.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def times_rows(x, factor_M):
+    return x * gl.expand_dims(gl.convert_layout(factor_M, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.jit
+def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
+    """Warpgroup INDEX: the online softmax over the tiles of keys (FlashAttention-2, Algorithm 1, lines 6 to 13) for 64 queries an item."""
+    STAGES: gl.constexpr = problem.STAGES
+    WARPGROUPS: gl.constexpr = problem.WARPGROUPS
+    KEYS: gl.constexpr = problem.KEYS
+    HEAD_DIM: gl.constexpr = out_desc.block_type.shape[3]
+    THREADS: gl.constexpr = WARPGROUPS * WARPGROUP + 32
+    NEXT: gl.constexpr = (INDEX + 1) % WARPGROUPS
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    zero_MN = gl.full([QUERIES, KEYS], 0.0, gl.float32, s_layout)
+
+    step = 0
+    taken = 0
+    if problem.TURNS and INDEX == WARPGROUPS - 1:
+        arrive(problem.turn(0), 2 * WARPGROUP)
+    mbarrier.wait(shared.q_full.index(0), 0)
+    batch = take(shared, 0, 0)
+    while batch >= 0:
+        slot = taken % Q_SLOTS
+        head = take(shared, slot, 1)
+        tile_query = take(shared, slot, 2)
+        first_query = tile_query + INDEX * QUERIES
+        q_MD = shared.q.index(slot * WARPGROUPS + INDEX).reshape([QUERIES, HEAD_DIM])
+        tiles = problem.key_tiles(tile_query, WARPGROUPS * QUERIES)
+        item_end = step + tiles
+        if problem.CAUSAL:  # tiles that other warpgroups of the program see, and this one does not
+            own = gl.where(first_query < problem.seq_q, problem.key_tiles(first_query, QUERIES), 1)
+            for _ in range(tiles - own):
+                mbarrier.wait(shared.k_full.index(step % STAGES), step // STAGES & 1)
+                arrive(problem.k_free(step % STAGES), THREADS)
+                mbarrier.wait(shared.v_full.index(step % STAGES), step // STAGES & 1)
+                arrive(problem.v_free(step % STAGES), THREADS)
+                if problem.TURNS:
+                    synchronise(problem.turn(INDEX), 2 * WARPGROUP)
+                    arrive(problem.turn(NEXT), 2 * WARPGROUP)
+                step += 1
+            tiles = own
+
+        stage = step % STAGES
+        mbarrier.wait(shared.k_full.index(stage), step // STAGES & 1)
+        k_DN = shared.k.index(stage).reshape([KEYS, HEAD_DIM]).permute((1, 0))
+        s_MN = warpgroup_mma_wait(0, deps=(warpgroup_mma(q_MD, k_DN, zero_MN, use_acc=False, is_async=True),))
+        arrive(problem.k_free(stage), THREADS)
+        if problem.HIDE_FIRST:
+            s_MN = hide(s_MN, first_query, (tiles - 1) * KEYS, problem)
+        max_M = gl.max(s_MN, 1) * scale_log2
+        # A row that sees nothing here: exp2(-inf - 0) = 0, where exp2(-inf + inf) is NaN.
+        shift_M = gl.where(max_M == float("-inf"), 0.0, max_M) if problem.CAUSAL else max_M
+        p_MN = gl.exp2(s_MN * scale_log2 - gl.expand_dims(shift_M, 1))
+        sum_M4 = sum_apart(p_MN)
+        p_MN = gl.convert_layout(p_MN.to(out_desc.dtype), p_layout)
+        acc_MD = gl.full([QUERIES, HEAD_DIM], 0.0, gl.float32, out_layout)
+        mbarrier.wait(shared.k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=tiles > 1)
+        for i in range(1, tiles):
+            v_stage = step % STAGES
+            v_phase = step // STAGES & 1
+            v_ND = shared.v.index(v_stage).reshape([KEYS, HEAD_DIM])
+            step += 1
+            stage = step % STAGES
+            k_DN = shared.k.index(stage).reshape([KEYS, HEAD_DIM]).permute((1, 0))
+            if problem.OVERLAP:
+                if problem.TURNS:
+                    synchronise(problem.turn(INDEX), 2 * WARPGROUP)
+                scores = warpgroup_mma(q_MD, k_DN, zero_MN, use_acc=False, is_async=True)
+                mbarrier.wait(shared.v_full.index(v_stage), v_phase)
+                output = warpgroup_mma(p_MN, v_ND, acc_MD, is_async=True)
+                if problem.TURNS:
+                    arrive(problem.turn(NEXT), 2 * WARPGROUP)
+                s_MN = warpgroup_mma_wait(1, deps=(scores,))
+            else:
+                mbarrier.wait(shared.v_full.index(v_stage), v_phase)
+                acc_MD = warpgroup_mma_wait(0, deps=(warpgroup_mma(p_MN, v_ND, acc_MD, is_async=True),))
+                arrive(problem.v_free(v_stage), THREADS)
+                s_MN = warpgroup_mma_wait(0, deps=(warpgroup_mma(q_MD, k_DN, zero_MN, use_acc=False, is_async=True),))
+            arrive(problem.k_free(stage), THREADS)
+            if problem.HIDE_SECOND:
+                if i == 1:
+                    s_MN = hide(s_MN, first_query, (tiles - 2) * KEYS, problem)
+            new_max_M = gl.maximum(max_M, gl.max(s_MN, 1) * scale_log2)
+            rescale_M = gl.exp2(max_M - new_max_M)
+            exp_MN = gl.exp2(s_MN * scale_log2 - gl.expand_dims(new_max_M, 1))
+            sum_M4 = times_rows(sum_M4, rescale_M) + sum_apart(exp_MN)
+            max_M = new_max_M
+            # Here, not where K is used: a wait's spin ends ptxas's block, and within one block ptxas waits for the output before the exp2.
+            mbarrier.wait(shared.k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=i + 1 < tiles)
+            if problem.OVERLAP:
+                acc_MD = warpgroup_mma_wait(0, deps=(output,))
+                arrive(problem.v_free(v_stage), THREADS)
+            acc_MD = times_rows(acc_MD, rescale_M)
+            p_MN = gl.convert_layout(exp_MN.to(out_desc.dtype), p_layout)
+        arrive(problem.q_free(slot), THREADS)
+
+        stage = step % STAGES
+        mbarrier.wait(shared.v_full.index(stage), step // STAGES & 1)
+        v_ND = shared.v.index(stage).reshape([KEYS, HEAD_DIM])
+        acc_MD = warpgroup_mma_wait(0, deps=(warpgroup_mma(p_MN, v_ND, acc_MD, is_async=True),))
+        arrive(problem.v_free(stage), THREADS)
+        step = item_end
+
+        sum_M = gl.convert_layout(gl.sum(sum_M4, 1), gl.SliceLayout(1, s_layout))
+        if problem.CAUSAL:
+            sum_M = gl.where(sum_M == 0, 1.0, sum_M)  # rows that saw nothing: output 0, log-sum-exp -inf + log(1)
+        out = shared.out.index(INDEX)
+        tma.store_wait(0)
+        out.reshape([QUERIES, HEAD_DIM]).store(times_rows(acc_MD, 1.0 / sum_M).to(out_desc.dtype))
+        fence_async_shared()
+        if first_query < problem.seq_q:
+            tma.async_copy_shared_to_global(out_desc, [batch, head, first_query, 0], out)  # rows past the end are not written
+            query_M = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, s_layout))
+            row_M = (batch * out_desc.shape[1] + head).to(gl.int64) * problem.seq_q + query_M
+            gl.store(lse + row_M, (max_M + gl.log2(sum_M)) * LN_2, mask=query_M < problem.seq_q)
+
+        taken += 1
+        slot = taken % Q_SLOTS
+        mbarrier.wait(shared.q_full.index(slot), taken // Q_SLOTS & 1)
+        batch = take(shared, slot, 0)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["heads_at_once"])
+def forward_kernel(
+    q_desc, k_desc, v_desc, out_desc, lse, counter, scale_log2, heads_at_once,
+    WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
+    CAUSAL: gl.constexpr, HIDE_FIRST: gl.constexpr, HIDE_SECOND: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Allocates shared memory, initialises the full barriers and starts the partitions. Descriptors are [batch, heads, seq, head_dim]."""
+    KEYS: gl.constexpr = k_desc.block_type.shape[2]
+    problem = Problem(
+        q_desc.shape[2], k_desc.shape[2], WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS
+    )  # fmt: skip
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    shared = Shared(
+        gl.allocate_shared_memory(q_desc.dtype, [Q_SLOTS * WARPGROUPS] + q_desc.block_type.shape, q_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [STAGES] + k_desc.block_type.shape, k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [STAGES] + v_desc.block_type.shape, v_desc.layout),
+        gl.allocate_shared_memory(out_desc.dtype, [WARPGROUPS] + out_desc.block_type.shape, out_desc.layout),
+        gl.allocate_shared_memory(gl.int32, [Q_SLOTS * ITEM_FIELDS, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [Q_SLOTS, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+    )
+    for i in gl.static_range(Q_SLOTS):
+        mbarrier.init(shared.q_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(shared.k_full.index(i), count=1)
+        mbarrier.init(shared.v_full.index(i), count=1)
+
+    if WARPGROUPS == 2:
+        gl.warp_specialize([
+            (compute, (0, problem, shared, out_desc, lse, scale_log2)),
+            (compute, (1, problem, shared, out_desc, lse, scale_log2)),
+            (load, (problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once)),
+        ], [4, 1], [REGISTERS, LOAD_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (compute, (0, problem, shared, out_desc, lse, scale_log2)),
+            (compute, (1, problem, shared, out_desc, lse, scale_log2)),
+            (compute, (2, problem, shared, out_desc, lse, scale_log2)),
+            (load, (problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, LOAD_REGISTERS])  # fmt: skip
+
+
+class Constants(NamedTuple):
+    """The kernel's constexpr parameters, in its order."""
+
+    WARPGROUPS: int
+    STAGES: int
+    REGISTERS: int
+    LOAD_REGISTERS: int
+    CAUSAL: bool
+    HIDE_FIRST: bool
+    HIDE_SECOND: bool
+    OVERLAP: bool
+    TURNS: bool
+
+
+@cache
+def compile_options(tile: HopperTile) -> dict:
+    return dict(num_warps=4, maxnreg=tile.registers(LOAD_REGISTERS)[1])
+
+
+def constants(tile: HopperTile, causal: bool, seq_q: int, seq_k: int) -> Constants:
+    assert tile.overlap or not tile.turns, "without overlap nobody passes the turn on"
+    return Constants(
+        tile.warpgroups, tile.stages, tile.registers(LOAD_REGISTERS)[0], LOAD_REGISTERS,
+        CAUSAL=causal,
+        HIDE_FIRST=causal or seq_k % tile.keys != 0,
+        HIDE_SECOND=causal and (seq_k - seq_q) % 64 != 0,  # then the diagonal of 64 queries may cross from one tile of keys to the next
+        OVERLAP=tile.overlap, TURNS=tile.turns,
+    )  # fmt: skip
+
+
+class _Descriptor(TensorDescriptor):
+    """Without the checks, 4 microseconds each time: `_readable_by_tma` has seen to what they check."""
+
+    def __post_init__(self):
+        pass
+
+
+@cache
+def shared_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], GLUON_TYPES[dtype])
+
+
+def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
+    """TMA's view of [batch, seq, heads, head_dim] as [batch, heads, seq, head_dim], in boxes of `rows` rows of one head."""
+    batch, seq, heads, head_dim = x.shape
+    of_batch, of_seq, of_heads, _ = x.stride()
+    layout = shared_layout(rows, head_dim, x.dtype)
+    return _Descriptor(x, [batch, heads, seq, head_dim], [of_batch, of_heads, of_seq, 1], [1, 1, rows, head_dim], layout)
+
+
+def _readable_by_tma(x: torch.Tensor) -> torch.Tensor:
+    """x itself, or a copy where its rows do not start at multiples of 16 bytes, 8 elements."""
+    of_batch, of_seq, of_heads, of_head_dim = x.stride()
+    if (of_batch | of_seq | of_heads) % 8 == 0 and of_head_dim == 1 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def _work_counter(device: torch.device) -> torch.Tensor:
+    """The counter of work items, 0 between launches. Launches that may run at the same time must not share one: one for each stream, and
+    for each launch that a CUDA graph records, since graphs are replayed on any stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+
+
+def _launch(programs: int, q, k, v, out, lse, scale_log2: float, heads_at_once: int, tile: HopperTile, of: Constants) -> None:
+    """Finds the compiled kernel by all that it depends on, which takes Triton some 30 microseconds longer."""
+    arguments = (
+        _descriptor(q, QUERIES.value), _descriptor(k, tile.keys), _descriptor(v, tile.keys), _descriptor(out, QUERIES.value),
+        lse, _work_counter(q.device), scale_log2, heads_at_once, *of,
+    )  # fmt: skip
+    key = q.device.index, q.dtype, q.shape[3], tile, of
+    if key in _compiled:
+        _compiled[key][(programs, 1, 1)](*arguments)
+    else:
+        _compiled[key] = forward_kernel[(programs, 1, 1)](*arguments, **compile_options(tile))
+
+
+@torch.library.custom_op("recipe::hopper_attention_forward", mutates_args=())
+def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
+
+    float16 or bfloat16, head_dim 64 or 128. Strided tensors are read in place where TMA can: every row aligned to 16 bytes, the last
+    dimension dense; others are copied.
+    """
+    out, lse = outputs(q, k, v, causal, scale)
+    batch, seq_q, heads, head_dim = q.shape
+    seq_k, kv_heads = k.shape[1:3]
+    if seq_k == 0:
+        return out.zero_(), lse.fill_(-math.inf)
+    if out.numel() == 0:
+        return out, lse
+    tile = hopper_tile(head_dim, causal, seq_q, seq_k)
+    items = batch * heads * triton.cdiv(seq_q, tile.warpgroups * QUERIES.value)
+    programs = min(items, tile.programs * _multiprocessors(q.device))
+    heads_at_once = max(1, L2_FOR_KEYS // (4 * seq_k * head_dim)) * (heads // kv_heads)  # 4: two bytes in K, two in V
+    q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
+    with torch.cuda.device_of(q):
+        _launch(programs, q, k, v, out, lse, scale * LOG2_E, heads_at_once, tile, constants(tile, causal, seq_q, seq_k))
+    return out, lse
+
+
+attention_forward.register_fake(outputs)
+attention_forward.register_autograd(differentiate, setup_context=save_for_backward)

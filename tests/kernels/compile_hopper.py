@@ -1,0 +1,90 @@
+"""Compiles the Hopper kernel for a GPU that need not be present, as `attention` would launch it, and prints one JSON line for each case.
+
+    python tests/kernels/compile_hopper.py bfloat16,64,causal,4096,4096 ...
+
+A program of its own: it needs Triton without TRITON_INTERPRET. A case is dtype, head_dim, causal or full, seq_q and seq_k.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from compile_kernels import CUOBJDUMP, TYPES
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from kernels.attention.hopper_forward import QUERIES, compile_options, constants, forward_kernel, shared_layout
+from kernels.attention.tuning import hopper_tile
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);")
+
+
+def compile_case(dtype: torch.dtype, head_dim: int, causal: bool, seq_q: int, seq_k: int):
+    tile = hopper_tile(head_dim, causal, seq_q, seq_k)
+    names = forward_kernel.arg_names
+    constexprs = constants(tile, causal, seq_q, seq_k)._asdict()
+
+    def descriptor(rows):
+        return f"tensordesc<{TYPES[dtype]}[1, 1, {rows}, {head_dim}],{shared_layout(rows, head_dim, dtype)!r}>"
+
+    queries, keys = descriptor(QUERIES.value), descriptor(tile.keys)
+    signature = dict(q_desc=queries, k_desc=keys, v_desc=keys, out_desc=queries, lse="*fp32", counter="*i32", scale_log2="fp32")
+    signature = {name: signature.get(name, "constexpr" if name in constexprs else "i32") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in ("lse", "counter")}
+    source = GluonASTSource(forward_kernel, signature, constexprs, attributes)
+    return tile, triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compile_options(tile))
+
+
+def innermost_loops(instructions: list[tuple[int, str, str]]) -> list[list[tuple[str, str]]]:
+    """The loops, as (opcode, operands), that compute exponentials and have no other such loop inside."""
+    index = {address: i for i, (address, _, _) in enumerate(instructions)}
+    spans = []
+    for i, (address, opcode, operands) in enumerate(instructions):
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if target and (start := int(target[1], 16)) < address and start in index:
+            if any(opcode.startswith("MUFU.EX2") for _, opcode, _ in instructions[index[start] : i]):
+                spans.append((index[start], i))
+    innermost = [(a, b) for a, b in spans if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)]
+    return [[(opcode, operands) for _, opcode, operands in instructions[a:b]] for a, b in innermost]
+
+
+def describe_loop(loop: list[tuple[str, str]]) -> dict:
+    """Waits for matrix products (how many may stay in flight), and the exponentials between a wait that leaves one and the next wait."""
+    waits, under_product, in_flight = [], 0, False
+    for opcode, operands in loop:
+        if opcode.startswith("WARPGROUP.DEPBAR"):
+            waits.append(int(operands.split("0x")[1], 16))
+            in_flight = waits[-1] > 0
+        under_product += in_flight and opcode.startswith("MUFU.EX2")
+    products = sum(opcode.startswith("HGMMA") for opcode, _ in loop)
+    exponentials = sum(opcode.startswith("MUFU.EX2") for opcode, _ in loop)
+    return dict(products=products, waits=waits, exponentials=exponentials, under_product=under_product)
+
+
+def describe(compiled) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
+            for option in ("--dump-resource-usage", "--dump-sass")
+        )
+    instructions = [(int(address, 16), opcode, operands) for address, opcode, operands in INSTRUCTION.findall(sass)]
+    return dict(
+        stack=int(re.search(r"STACK:(\d+)", usage)[1]),
+        spills=sum(opcode.startswith(("STL", "LDL")) for _, opcode, _ in instructions),
+        shared=compiled.metadata.shared,
+        set_registers=sorted({int(n, 16) for n in re.findall(r"USETMAXREG\S* .*?0x([0-9a-f]+)", sass)}),
+        loops=[describe_loop(loop) for loop in innermost_loops(instructions)],
+    )
+
+
+if __name__ == "__main__":
+    for case in sys.argv[1:]:
+        dtype, head_dim, mask, seq_q, seq_k = case.split(",")
+        tile, compiled = compile_case(getattr(torch, dtype), int(head_dim), mask == "causal", int(seq_q), int(seq_k))
+        print(json.dumps(dict(case=case, tile=tile._asdict(), **describe(compiled))), flush=True)

@@ -1,0 +1,254 @@
+"""The Hopper kernel: what it compiles to, without a GPU; its results, races and deadlocks on one."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from comparison import Case, check, fresh_seed
+from test_triton import outputs, start
+
+from kernels.attention import attention, unsupported
+from kernels.attention.tuning import hopper_tile
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = 228 * 1024  # of a multiprocessor; each program takes 1 KB beside what it asks for
+HARDWARE_BARRIERS = 16
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    """Every tile of the table, with the masks that it can be given: none, the diagonal, a diagonal across tiles, the end of the keys."""
+    cases = [
+        *("bfloat16,64,causal,1024,1024", "float16,64,causal,300,1000", "bfloat16,64,causal,4096,4096"),
+        *("bfloat16,64,full,4096,4096", "float16,64,full,1000,1000"),
+        *("bfloat16,128,causal,512,512", "float16,128,causal,4096,4096", "bfloat16,128,causal,300,1000"),
+        *("bfloat16,128,full,4096,4096", "bfloat16,128,full,1000,1000"),
+    ]
+    text = outputs(start([str(HERE / "compile_hopper.py"), *cases], tmp_path_factory.mktemp("triton"), interpret=False))[0]
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [row["case"] for row in rows] == cases
+    return rows
+
+
+def test_nothing_is_spilled(compiled):
+    assert not [row for row in compiled if row["stack"] or row["spills"]]
+
+
+def test_the_warpgroups_exchange_registers_as_the_table_says(compiled):
+    for row in compiled:
+        tile = hopper_tile(**tile_arguments(row["case"]))
+        computing, at_start = tile.registers(24)
+        assert {24, computing} <= set(row["set_registers"]), row["case"]
+        assert 128 * (24 + tile.warpgroups * computing) <= 128 * (tile.warpgroups + 1) * at_start <= 65536 // tile.programs
+
+
+def test_programs_fit_into_shared_memory_and_the_hardwares_barriers(compiled):
+    for row in compiled:
+        tile = row["tile"]
+        assert tile["programs"] * (row["shared"] + 1024) <= SHARED_MEMORY, row["case"]
+        assert 5 + 2 * tile["stages"] + 2 + tile["warpgroups"] * tile["turns"] <= HARDWARE_BARRIERS, row["case"]
+
+
+def test_the_exponentials_run_under_a_matrix_product(compiled):
+    """In each warpgroup's loop over tiles of keys: no more waits than the source has, and no exponential behind the last of them."""
+    for row in compiled:
+        tile, head_dim = row["tile"], tile_arguments(row["case"])["head_dim"]
+        exponentials = tile["keys"] // 2 + 2  # 64 rows of `keys` over 128 threads, and the rescaling of a thread's two rows
+        expected = dict(products=head_dim // 16 + tile["keys"] // 16, exponentials=exponentials)
+        expected |= dict(waits=[1, 0], under_product=exponentials) if tile["overlap"] else dict(waits=[0, 0], under_product=0)
+        assert sum(loop == expected for loop in row["loops"]) == tile["warpgroups"], (row["case"], row["loops"])
+
+
+def tile_arguments(case: str) -> dict:
+    _, head_dim, mask, seq_q, seq_k = case.split(",")
+    return dict(head_dim=int(head_dim), causal=mask == "causal", seq_q=int(seq_q), seq_k=int(seq_k))
+
+
+def why_not_here() -> str | None:
+    if not torch.cuda.is_available():
+        return None  # the marker `gpu` says it
+    asked = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, compute_capability=torch.cuda.get_device_capability())
+    return unsupported("hopper", **asked)
+
+
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(why_not_here() is not None, reason=str(why_not_here()))(test))
+
+
+def check_forward(case: Case, tensors=None) -> None:
+    """Output and log-sum-exp against float64: at most twice the error of plain PyTorch in this dtype; what sees nothing gives 0, -inf."""
+    q, k, v = (case.tensors(fresh_seed()) if tensors is None else tensors)[:3]
+    options = dict(causal=case.causal, scale=case.scale, return_lse=True)
+    with torch.no_grad():
+        out, lse = attention(q, k, v, backend="hopper", **options)
+        beside, _ = attention(q, k, v, backend="eager", **options)
+        exact, exact_lse = attention(*(x.double() for x in (q, k, v)), backend="eager", **options)
+    assert (out.shape, out.dtype, lse.dtype) == (exact.shape, q.dtype, torch.float32)
+    assert torch.equal(lse.isfinite(), exact_lse.isfinite()) and torch.equal(lse[~lse.isfinite()].double(), exact_lse[~lse.isfinite()])
+    assert (out.transpose(1, 2)[~lse.isfinite()] == 0).all()
+    error, error_beside = ((x.double() - exact).abs().amax().item() for x in (out, beside))
+    eps = torch.finfo(q.dtype).eps
+    assert error <= 2 * error_beside + exact.abs().amax().item() * eps / 4 + 1e-5, f"{case}: {error:.3g}, beside {error_beside:.3g}"
+    lse_error = (lse - exact_lse)[lse.isfinite()].abs()
+    assert not lse_error.numel() or lse_error.amax() <= 2e-5, f"{case}: log-sum-exp {lse_error.amax():.3g}"
+
+
+def gpu_case(seq_q, seq_k, **options) -> Case:
+    return Case(seq_q, seq_k, device="cuda", **{"dtype": torch.bfloat16, "heads": 4, "kv_heads": 2, "head_dim": 64, "batch": 2, **options})
+
+
+LENGTHS = [(1, 1), (17, 17), (64, 64), (129, 129), (512, 512), (1000, 1000), (2500, 2500), (1, 1000), (300, 1000), (1000, 300), (192, 2304)]
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(head_dim, causal, dtype):
+    for seq_q, seq_k in LENGTHS:
+        check_forward(gpu_case(seq_q, seq_k, head_dim=head_dim, causal=causal, dtype=dtype))
+
+
+@gpu
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2), (6, 1)])
+def test_grouped_and_multi_query_heads(heads, kv_heads):
+    for head_dim in (64, 128):
+        check_forward(gpu_case(700, 700, heads=heads, kv_heads=kv_heads, head_dim=head_dim, scale=0.3))
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients(head_dim):
+    check("hopper", gpu_case(700, 700, head_dim=head_dim), with_lse=True)
+    check("hopper", gpu_case(300, 700, head_dim=head_dim, causal=False))
+
+
+@gpu
+def test_scores_far_from_zero_do_not_overflow():
+    case = gpu_case(300, 300, dtype=torch.float16, scale=20.0)
+    out, lse = attention(*case.tensors(fresh_seed())[:3], scale=case.scale, backend="hopper", return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all() and lse.amax() > 200
+
+
+@gpu
+def test_nothing_to_attend_to():
+    for seq_q, seq_k, batch in ((5, 0, 2), (0, 5, 2), (5, 5, 0)):
+        case = gpu_case(seq_q, seq_k, batch=batch, causal=False)
+        out, lse = attention(*case.tensors(0)[:3], causal=False, backend="hopper", return_lse=True)
+        assert out.shape == (batch, seq_q, 4, 64) and (out == 0).all() and (lse == -math.inf).all()
+
+
+@gpu
+def test_strides_of_each_tensor_its_own_in_place():
+    case = gpu_case(300, 300, kv_heads=4)
+    q, k, v, *_ = case.tensors(fresh_seed())
+    packed = torch.stack((q, k, v), dim=2)
+    transposed = k.transpose(1, 2).contiguous().transpose(1, 2)
+    one_head, one_batch = k[:, :, :1].expand_as(k), v[:1].expand_as(v)
+    wide = torch.randn(2, 300, 4, 72, device="cuda", dtype=torch.bfloat16)[..., 8:]
+    for tensors in (packed.unbind(dim=2), (wide, transposed, v), (q, one_head, one_batch)):
+        check_forward(case, tensors)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = attention(*tensors, backend="hopper")
+        assert torch.cuda.max_memory_allocated() - before <= out.nbytes + 4 * out.shape[0] * out.shape[1] * out.shape[2] + 2048
+
+
+@gpu
+def test_tensors_that_tma_cannot_read_are_copied():
+    case = gpu_case(200, 200, kv_heads=4)
+    q, k, v, *_ = case.tensors(fresh_seed())
+    odd_rows = torch.randn(2, 200, 4, 65, device="cuda", dtype=torch.bfloat16)[..., :64]
+    odd_start = torch.randn(k.numel() + 1, device="cuda", dtype=torch.bfloat16)[1:].view(k.shape)
+    last_not_dense = v.transpose(1, 3).contiguous().transpose(1, 3)
+    check_forward(case, (odd_rows, odd_start, last_not_dense))
+
+
+@gpu
+def test_opcheck():
+    from kernels.attention.hopper_forward import attention_forward
+
+    q, k, v, *_ = gpu_case(128, 128).tensors(fresh_seed())
+    torch.library.opcheck(attention_forward, tuple(x.detach().requires_grad_() for x in (q, k, v)) + (True, 0.125))
+
+
+@gpu
+def test_compiles_without_a_graph_break():
+    q, k, v, dout, _ = gpu_case(256, 256).tensors(fresh_seed())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def doubled(q, k, v):
+        return 2 * attention(q, k, v, backend="hopper")
+
+    compiled, expected = torch.compile(doubled, fullgraph=True)(*inputs), doubled(*inputs)
+    assert torch.equal(compiled, expected)
+    for got, wanted in zip(torch.autograd.grad(compiled, inputs, dout), torch.autograd.grad(expected, inputs, dout)):
+        assert torch.equal(got, wanted)
+
+
+@gpu
+def test_graphs_replayed_beside_launches_on_the_stream_that_recorded_them():
+    """Each launch needs its own counter of work items, also the recorded ones."""
+    q, k, v, *_ = gpu_case(2048, 2048, heads=16, kv_heads=16).tensors(fresh_seed())
+    expected = attention(q, k, v, backend="hopper")
+    recording, other = torch.cuda.Stream(), torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=recording):
+        replayed = attention(q, k, v, backend="hopper")
+    torch.cuda.synchronize()
+    for _ in range(20):
+        replayed.zero_()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(other):
+            graph.replay()
+        with torch.cuda.stream(recording):
+            launched = attention(q, k, v, backend="hopper")
+        torch.cuda.synchronize()
+        assert torch.equal(replayed, expected) and torch.equal(launched, expected)
+
+
+@gpu
+@pytest.mark.timeout(300)
+def test_thousands_of_launches_of_random_shapes_beside_other_work():
+    """Races would change bits from launch to launch, deadlocks run into the timeout. Two streams launch at once while a third multiplies
+    matrices; every result is compared with the reference, and with that of the same launch made again."""
+    seed = fresh_seed()
+    chance = random.Random(seed)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    beside = torch.cuda.Stream()
+    matrix = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def length():
+        return chance.choice([chance.randint(1, 200), chance.randint(1, 1200), 64 * chance.randint(1, 24), chance.randint(2049, 2600)])
+
+    launches = 0
+    while launches < 3000:
+        kv_heads = chance.randint(1, 3)
+        batch, heads = chance.randint(1, 4), kv_heads * chance.randint(1, 3)
+        head_dim, causal = chance.choice([64, 128]), chance.random() < 0.5
+        seq_q = length()
+        seq_k = seq_q if chance.random() < 0.5 else length()
+        shapes = [(batch, seq_q, heads, head_dim), (batch, seq_k, kv_heads, head_dim), (batch, seq_k, kv_heads, head_dim)]
+        q, k, v = (torch.randn(shape, generator=generator, device="cuda").bfloat16() for shape in shapes)
+        exact, exact_lse = attention(*(x.float() for x in (q, k, v)), causal=causal, backend="eager", return_lse=True)
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(5):
+            with torch.cuda.stream(beside):
+                matrix @ matrix
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(attention(q, k, v, causal=causal, backend="hopper", return_lse=True))
+        torch.cuda.synchronize()
+        launches += len(results)
+        what = f"{shapes} causal={causal}"
+        finite = exact_lse.isfinite()
+        assert torch.equal(results[0][1].isfinite(), finite), what
+        torch.testing.assert_close(results[0][1][finite], exact_lse[finite], rtol=0, atol=2e-5, msg=what)
+        assert (results[0][0] - exact).norm() <= 4e-3 * exact.norm(), what
+        for out, lse in results[1:]:
+            assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1]), what
