@@ -14,6 +14,9 @@ from training.config import SampleSection
 from training.tokenizers import Tokenizer
 
 
+_SAMPLE_LENGTH_MULTIPLE = 64
+
+
 @torch.no_grad()
 def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], token_bytes: np.ndarray) -> dict[str, float]:
     """Loss over validation batches, the same on every rank.
@@ -50,8 +53,11 @@ def sample_text(engine: deepspeed.DeepSpeedEngine, tokenizer: Tokenizer, setting
     prompt = tokenizer.encode(settings.prompt).tolist() or [tokenizer.end_of_text]
     tokens = list(prompt)
     for _ in range(settings.tokens):
-        window = torch.tensor([tokens[-sequence_length:]], device=engine.device)
-        drawn = draw_token(engine(window)[0, -1, : tokenizer.vocab_size].float().cpu(), settings, generator).to(engine.device)
+        window = tokens[-sequence_length:]
+        # No position looks at the padding after it, and cuDNN's attention cannot do a single token.
+        padding = [0] * (min(-len(window) % _SAMPLE_LENGTH_MULTIPLE, sequence_length - len(window)))
+        logits = engine(torch.tensor([window + padding], device=engine.device))[0, len(window) - 1, : tokenizer.vocab_size]
+        drawn = draw_token(logits.float().cpu(), settings, generator).to(engine.device)
         dist.broadcast(drawn, src=0)
         token = int(drawn)
         if token == tokenizer.end_of_text:

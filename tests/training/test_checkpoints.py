@@ -25,7 +25,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(seen):
     assert len(seen["same_layout"]) == 8
     for layout, run in seen["same_layout"].items():
         assert run["resumed"]["rows"] == run["whole"], layout
-        assert run["resumed"]["hashes"] == run["hashes"] and len(run["hashes"]) >= 3, layout
+        assert run["resumed"]["hashes"] == run["hashes"] and len(run["hashes"]) >= 2, layout
 
 
 def test_every_layout_loads_into_every_other(seen):
