@@ -183,3 +183,16 @@ def test_auto_is_resolved_once_with_its_reason(monkeypatch):
     config, notes = load_config("configs/quickstart.yaml")
     assert config.attention.backend == "sdpa"
     assert len(notes) == 1 and notes[0].startswith("attention.backend: auto -> sdpa (")
+
+
+def test_a_run_is_named_by_its_file_and_what_the_command_line_changes_in_the_curve(tmp_path):
+    def name(*overrides: str) -> str:
+        return load_config("configs/gpt2-124m.yaml", overrides)[0].run.name
+
+    assert name() == name("tracking.wandb=disabled", "checkpoint.every=10", "run.output_dir=elsewhere", "eval.every=5") == "gpt2-124m"
+    assert name("attention.backend=sdpa", "run.seed=2") == "gpt2-124m,backend=sdpa,seed=2"
+    assert name("data.corpus=/somewhere/else/corpus", "run.seed=1", "run.seed=3") == "gpt2-124m,corpus=corpus,seed=3"
+    assert name("run.seed=2", "run.name=mine") == "mine"
+    long = [f"data.corpus={'x' * 150}{end}" for end in "ab"]
+    assert len(name(long[0])) == 120 and name(long[0]) != name(long[1])
+    assert load_config("configs/gpt2-124m.yaml", ["run.seed=2"])[0].tracking.group == "gpt2-124m"
