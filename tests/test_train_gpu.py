@@ -9,7 +9,7 @@ from training.corpus import write_corpus
 from training.tokenizers import load_tokenizer
 from training.tracking import read_metrics
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("train")]
 TEXT = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 800
 
 

@@ -23,17 +23,17 @@ def test_the_summary_names_gpu_versions_and_commit():
     assert text.splitlines()[0] == f"NVIDIA H200, torch {packages['torch']}, triton {packages['triton']}, git abc123"
 
 
-def test_the_training_step_takes_a_free_port(tmp_path, monkeypatch):
-    ports = []
+def test_training_passes_when_both_precisions_learn_as_they_did(tmp_path, monkeypatch):
+    def outcome(fails: str | None) -> dict:
+        def command(arguments, deadline):
+            words = list(map(str, arguments))
+            return (1, "FAILED") if fails in words else (0, f"{words[-1]}\nPASSED")
 
-    def command(arguments, deadline):
-        if "train.py" in arguments:
-            ports.append(int(arguments[arguments.index("--master_port") + 1]))
-            (tmp_path / "runs").mkdir(exist_ok=True)
-            (tmp_path / "runs/metrics.jsonl").write_text("".join(json.dumps({"loss": 5.0 - step / 10}) + "\n" for step in range(30)))
-        return 0, ""
+        monkeypatch.setattr(gpu_check, "command", command)
+        return gpu_check.run_training(tmp_path, time.monotonic() + 60)
 
-    monkeypatch.setattr(gpu_check, "command", command)
-    for _ in range(3):
-        assert gpu_check.run_training(tmp_path, time.monotonic() + 60)["passed"]
-    assert len(set(ports)) > 1 and all(port > 1023 for port in ports)
+    passed = outcome(None)
+    assert passed == {"passed": True, "bf16": ["train.precision=bf16", "PASSED"], "fp32": ["attention.backend=triton", "PASSED"]}
+    for fails in ("scripts/prepare_data.py", "train.precision=bf16", "attention.backend=triton"):
+        failed = outcome(fails)
+        assert not failed["passed"] and failed["exit_code"] == 1 and fails in failed["command"]

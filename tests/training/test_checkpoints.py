@@ -8,6 +8,8 @@ import torch
 
 from tests.launching import deepspeed_run
 
+pytestmark = pytest.mark.xdist_group("checkpoints")  # its launches are shared by its tests
+
 # Largest relative difference of loss and gradient norm: bits in fp32 sums, or what bf16 weights and gradients round.
 WITHIN_FP32, WITHIN_BF16_STAGES, ACROSS_PRECISIONS = (1e-6, 2e-6), (2e-5, 5e-4), (1e-4, 2e-3)
 
