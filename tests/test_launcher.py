@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -91,6 +92,14 @@ def test_the_next_start_goes_on(run_file):
     done = deepspeed_run("train.py", "--config", run_file, "run.name=Ctrl-C", f"train.steps={done_before + 3}")
     assert done.returncode == 0 and f"{done_before} of {done_before + 3} steps are done" in done.stdout
     assert [row["step"] for row in read_metrics(run_file.parent / "runs/Ctrl-C")[0]] == list(range(1, done_before + 4))
+
+
+def test_no_shared_memory_is_left_behind(run_file):
+    """DeepSpeed's buffers, 66 MiB a process, would stay in memory until the machine is restarted."""
+    buffers = lambda: {each.name for each in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*")}  # noqa: E731
+    before = buffers()
+    assert deepspeed_run("train.py", "--config", run_file, "run.name=clean", "train.steps=1").returncode == 0
+    assert buffers() <= before
 
 
 def test_a_compilation_that_was_killed_does_not_hold_up_later_runs(run_file):

@@ -19,6 +19,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from training.universal import convert_to_universal, load_universal
 LATEST_FILE = "latest"
 # Bytes a parameter: fp32 master weight, two moments, and the bf16 copy that stages 0 to 2 write beside them.
 _BYTES_PER_PARAMETER = 14
+# A conversion may outlast the process group's time-out: the ranks that wait for it meet this often.
+_WAIT_SECONDS = 20
 # All that DeepSpeed's checkpoints hold besides tensors and plain containers.
 ALLOWED_CLASSES = [LossScaler, ZeroStageEnum, fragment_address]
 
@@ -252,7 +255,11 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Conf
             with _only_tensors(checkpoint.folder):
                 convert_to_universal(checkpoint.folder, universal, checkpoint.saved["layout"], config.model)
 
-        together(convert, here=dist.get_rank() == 0)
+        with ThreadPoolExecutor(max_workers=1) as worker:
+            converted = worker.submit(convert) if dist.get_rank() == 0 else None
+            while not from_first_rank(lambda: not wait([converted], timeout=_WAIT_SECONDS).not_done):
+                pass
+        together(lambda: converted.result(), here=dist.get_rank() == 0)
         with _only_tensors(universal):
             load_universal(engine, universal, config.model)
         dist.barrier()

@@ -105,6 +105,20 @@ def join_process_group() -> None:
     else:
         _load_op("ShareMemCommBuilder")  # init_distributed needs it on CPUs
     deepspeed.init_distributed(verbose=False)
+    if not torch.cuda.is_available():
+        _unlink_shared_buffer()
+
+
+def _unlink_shared_buffer() -> None:
+    """Take the name from this rank's buffer for collectives in shared memory, 66 MiB, which DeepSpeed leaves in /dev/shm for ever.
+
+    Once every rank has mapped it nobody needs the name, and without it the memory is freed with the last process, however that ends.
+    """
+    import torch.distributed as dist
+
+    dist.barrier()
+    address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 def together(work: Callable[[], Result], *, here: bool = True) -> Result | None:
