@@ -11,9 +11,11 @@ from typing import NoReturn
 
 import yaml
 
+from training.stopping import OUTCOME_FILE, STOPPED_EXIT_CODE, StopRequests, has_finished, write_outcome  # first: it looks who started us
+
+# isort: split
 from training.config import Config, load_config
 from training.distributed import Ranks, UserFault, agree, any_rank, end_process, gather, join_process_group, one_clear_message, output_to, together
-from training.stopping import OUTCOME_FILE, STOPPED_EXIT_CODE, StopRequests, has_finished, write_outcome
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -108,7 +110,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             recorder.sync()
         with output_to(deepspeed_log):
             saved = checkpoints.save(engine, run_dir / "checkpoints", state, config, corpus_sha256=corpus.sha256, parameters=meter.parameters["total"])
-        stop.saving = False
+        stop.saving = stop.reason is not None  # what follows a stop's checkpoint counts as part of it
         return saved
 
     # 6. The loop.
@@ -142,7 +144,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             if any_rank(stop.reason is not None, engine.device) and step < config.train.steps:
                 if config.checkpoint.every is not None and saved is None:
                     saved = save_checkpoint()
-                stop_run(stop, run_dir, state, saved, progress, recorder)
+                stop_run(stop, config, run_dir, state, saved, progress, recorder)
 
     # 7. What it learned.
     validation = validation or validate()
@@ -156,12 +158,13 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     end_process()
 
 
-def stop_run(stop: StopRequests, run_dir: Path, state, saved: Path | None, progress, recorder) -> NoReturn:
+def stop_run(stop: StopRequests, config: Config, run_dir: Path, state, saved: Path | None, progress, recorder) -> NoReturn:
     """The end of a run that was asked to stop: the marker, one line, and every rank's exit together."""
     reason = next(filter(None, gather(stop.reason)))
     if recorder is not None:
         write_outcome(run_dir, "stopped", reason=reason, step=state.step, checkpoint=saved and str(saved))
-        progress.note(f"stopped by {reason} after step {state.step}; " + (f"the same command goes on from {saved}" if saved else "checkpoint.every is null: nothing was saved"))
+        again = "the same command" if config.checkpoint.resume == "auto" else "the same command with checkpoint.resume=auto"
+        progress.note(f"stopped by {reason} after step {state.step}; " + (f"{again} goes on from {saved}" if saved else "checkpoint.every is null: nothing was saved"))
         recorder.finish()
     end_process(STOPPED_EXIT_CODE)
 
@@ -171,7 +174,8 @@ def refuse_if_finished(config: Config, run_dir: Path, done: int) -> None:
     if done > config.train.steps:
         raise UserFault(f"train.steps: {done} steps are done and {config.train.steps} asked for; raise it, or choose another run.name")
     if has_finished(run_dir) and done in (0, config.train.steps):
-        raise UserFault(f"{run_dir} holds a finished run; choose another run.name, or raise train.steps to go on with it")
+        longer = f"; to go on with it give run.name={config.run.name} and more train.steps" if done else ""
+        raise UserFault(f"{run_dir} holds a finished run; choose another run.name{longer}")
     (run_dir / OUTCOME_FILE).unlink(missing_ok=True)
 
 

@@ -12,17 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.manifest import MANIFEST_FILE, STATE_FILE, complete_checkpoints, faults_of, is_step_folder  # noqa: E402
-
-
-def checkpoints_of(path: Path) -> list[Path]:
-    """Newest first.  Raises ValueError when there is none."""
-    if is_step_folder(path) or (path / MANIFEST_FILE).exists():
-        return [path]
-    found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
-    if not found:
-        raise ValueError(f"{path}: no checkpoint here; give the folder of a run, its checkpoints, or one checkpoint")
-    return found
+from training.manifest import MANIFEST_FILE, STATE_FILE, faults_of, named_checkpoints  # noqa: E402
 
 
 def describe(checkpoint: Path) -> str:
@@ -36,11 +26,13 @@ def describe(checkpoint: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, metavar="RUN_OR_CHECKPOINT")
-    try:
-        checkpoints = [each for path in parser.parse_args().paths for each in checkpoints_of(path)]
-    except ValueError as error:
-        print(f"verify_checkpoint: {error}", file=sys.stderr)
-        return 2
+    checkpoints = []
+    for path in parser.parse_args().paths:
+        found = named_checkpoints(path)
+        if not found:
+            print(f"verify_checkpoint: {path}: no checkpoint here; give the folder of a run, its checkpoints, or one checkpoint", file=sys.stderr)
+            return 2
+        checkpoints += found
     damaged = False
     for checkpoint in checkpoints:
         faults = faults_of(checkpoint)

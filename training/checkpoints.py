@@ -14,6 +14,7 @@ A checkpoint is written as ``step_N.tmp``; only when every rank is done and ever
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import pickle
@@ -32,15 +33,15 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from training.config import CheckpointSection, Config
-from training.distributed import UserFault, from_first_rank, gather, together
+from training.distributed import LoneFault, UserFault, from_first_rank, gather, together
 from training.engine import set_hyperparameters
-from training.manifest import (MANIFEST_FILE, STATE_FILE, complete_checkpoints, faults_of, fsync_folder, is_step_folder, seal, step_folder, step_of,
-                               write_atomically, write_manifest)
+from training.manifest import (STATE_FILE, complete_checkpoints, faults_of, fsync_folder, named_checkpoints, seal, step_folder, step_of, write_atomically,
+                               write_manifest)
 from training.universal import convert_to_universal, load_universal
 
 LATEST_FILE = "latest"
-# Bytes a parameter: fp32 master weight, two moments, and the bf16 copy that stages 0 to 2 write beside them.
-_BYTES_PER_PARAMETER = 14
+# Bytes a parameter, at most: fp32 master weight, two moments, and the copy that stages 0 to 2 write beside them.
+_BYTES_PER_PARAMETER = 16
 # A conversion may outlast the process group's time-out: the ranks that wait for it meet this often.
 _WAIT_SECONDS = 20
 # All that DeepSpeed's checkpoints hold besides tensors and plain containers.
@@ -103,16 +104,22 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: LoopState, conf
     first = dist.get_rank() == 0
     together(lambda: _make_room(folder, temporary, _BYTES_PER_PARAMETER * parameters), here=first)
     try:
-        engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-        _save_generators(temporary)
-    except (OSError, RuntimeError) as error:  # torch tells a failed write by a RuntimeError
-        raise UserFault(f"{temporary} could not be written: {error}; earlier checkpoints are complete, mend the disk and start again") from error
-    if first:
+        with _told_if_not_written(temporary):
+            engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+    except UserFault as error:
+        raise LoneFault(str(error)) from error
+    together(lambda: _save_generators(temporary))
+
+    def write_state() -> None:
         saved = {"loop": dataclasses.asdict(state), "layout": layout(config), "config": config.model_dump(),
                  "corpus_sha256": corpus_sha256, "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__}}
         (temporary / STATE_FILE).write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-    dist.barrier()
-    mine = sorted(temporary.iterdir())[dist.get_rank() :: dist.get_world_size()]
+
+    together(write_state, here=first)
+    files = from_first_rank(lambda: sorted(temporary.iterdir()))
+    if not all(gather(temporary / _generators_file(dist.get_rank()) in files)):
+        raise UserFault(f"run.output_dir: {folder} is not the same folder on every host; choose one that all of them share")
+    mine = files[dist.get_rank() :: dist.get_world_size()]
     seals = gather(together(lambda: {file.name: seal(file) for file in mine}))
     together(lambda: _publish(temporary, final, {name: entry for part in seals for name, entry in part.items()}, config.checkpoint), here=first)
     return final
@@ -122,7 +129,7 @@ def _make_room(folder: Path, temporary: Path, needed: int) -> None:
     """Remove what earlier crashes left, and see that the disk has room."""
     temporary.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*.tmp"):
-        shutil.rmtree(left)
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserFault(f"{folder}: a checkpoint needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; earlier checkpoints are complete: "
@@ -133,7 +140,22 @@ def _save_generators(folder: Path) -> None:
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
-    torch.save(generators, folder / f"rng_rank_{dist.get_rank():05d}.pt")
+    with _told_if_not_written(folder):
+        torch.save(generators, folder / _generators_file(dist.get_rank()))
+
+
+@contextlib.contextmanager
+def _told_if_not_written(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch's word for a failed write
+            raise
+        raise UserFault(f"{folder} could not be written: {error}; earlier checkpoints are complete, mend the disk and start again") from error
+
+
+def _generators_file(rank: int) -> str:
+    return f"rng_rank_{rank:05d}.pt"
 
 
 def _publish(temporary: Path, final: Path, seals: dict[str, Any], section: CheckpointSection) -> None:
@@ -172,37 +194,42 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Checkpoint | None, list[
     Raises:
         UserFault: what is asked for is not there or damaged, or none of several is intact.
     """
+    own = from_first_rank(lambda: complete_checkpoints(folder))
+    if resume == "auto" and not own:
+        return None, []
+    candidates = own if resume == "auto" else [] if resume == "never" else from_first_rank(lambda: _named_ones(Path(resume)))
+    its_own = bool(candidates) and candidates[0].resolve().parent == folder.resolve()
+    if own and not its_own:
+        raise UserFault(f"checkpoint.resume={resume}: {folder} already holds checkpoints; choose another run.name, or move them away")
+    if its_own and candidates[0].resolve() != own[0].resolve():
+        raise UserFault(f"checkpoint.resume: this run has newer checkpoints than {candidates[0]} ({own[0].name}); "
+                        "branch off under another run.name, or move them away")
     if resume == "never":
         return None, []
-    if resume == "auto":
-        candidates = from_first_rank(lambda: complete_checkpoints(folder))
-        if not candidates:
-            return None, []
-    else:
-        candidates = from_first_rank(lambda: _named_ones(Path(resume)))
-        newer = [each for each in from_first_rank(lambda: complete_checkpoints(folder)) if each.resolve() > candidates[0].resolve()]
-        if newer and candidates[0].resolve().parent == folder.resolve():
-            raise UserFault(f"checkpoint.resume: this run has newer checkpoints than {candidates[0]} ({newer[0].name}); "
-                            "branch off under another run.name, or move them away")
     damaged = []
     for candidate in candidates:
         shares = gather(faults_of(candidate, share=slice(dist.get_rank(), None, dist.get_world_size())))
         faults = [fault for share in shares for fault in share]
+        told = [f"checkpoint {each} is damaged and passed over: {what}" for each, what in damaged]
         if not faults:
-            return from_first_rank(lambda: Checkpoint.read(candidate)), damaged
-        damaged.append(f"checkpoint {candidate} is damaged and passed over: {faults[0]}" + f" (and {len(faults) - 1} more)" * (len(faults) > 1))
-    raise UserFault("\n".join(damaged) + f"\ncheckpoint.resume={resume}: no intact checkpoint is left; "
+            if its_own:  # aside, or it would count among those to keep
+                together(lambda: [each.rename(each.with_suffix(".damaged")) for each, _ in damaged], here=dist.get_rank() == 0)
+                told = [f"{line}; it is now {each.name}.damaged" for line, (each, _) in zip(told, damaged, strict=True)]
+            return from_first_rank(lambda: Checkpoint.read(candidate)), told
+        damaged.append((candidate, faults[0] + f" (and {len(faults) - 1} more)" * (len(faults) > 1)))
+    told = [f"checkpoint {each} is damaged: {what}" for each, what in damaged]
+    raise UserFault("\n".join(told) + f"\ncheckpoint.resume={resume}: no intact checkpoint is left; "
                     "checkpoint.resume=never and another run.name start from the beginning")
 
 
 def _named_ones(path: Path) -> list[Path]:
-    if is_step_folder(path) or (path / MANIFEST_FILE).exists():
-        return [path]
-    complete = complete_checkpoints(path / "checkpoints")
-    if not complete:
+    found = named_checkpoints(path)
+    if not found:
         what = "holds no checkpoint" if path.exists() else "does not exist"
         raise UserFault(f"checkpoint.resume: {path} {what}; give the folder of a run or of one checkpoint (runs/NAME/checkpoints/step_...)")
-    return complete
+    if glob.escape(str(path)) != str(path):
+        raise UserFault(f"checkpoint.resume: {path} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder")
+    return found
 
 
 def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) -> list[str]:
@@ -222,7 +249,7 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
         line = f"{key}: {before.get(key)} -> {now.get(key)}"
         if key in fixed or key == "data.corpus_sha256" or (key.startswith("model.") and key != "model.dropout"):
             faults.append(line)
-        elif key.split(".")[0] not in free:
+        elif key not in free and key.split(".")[0] not in free:
             changed.append(f"changed since the checkpoint: {line}")
     if faults:
         raise UserFault(f"{checkpoint.folder} does not fit this configuration; take the checkpoint's values, or start another run:\n  " + "\n  ".join(faults))
@@ -267,13 +294,21 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Conf
             shutil.rmtree(universal)
         torch.manual_seed(config.run.seed + 1 + dist.get_rank() + dist.get_world_size() * checkpoint.state.step)
     else:
-        with _only_tensors(checkpoint.folder):
-            engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
-            generators = torch.load(checkpoint.folder / f"rng_rank_{dist.get_rank():05d}.pt", weights_only=True)
+        try:
+            with _only_tensors(checkpoint.folder):
+                engine.load_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+        except UserFault as error:
+            raise LoneFault(str(error)) from error
+        generators = together(lambda: _load_generators(checkpoint.folder))
         torch.set_rng_state(generators["cpu"])
         if torch.cuda.is_available() and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"])
     set_hyperparameters(engine, config)
+
+
+def _load_generators(folder: Path) -> dict[str, torch.Tensor]:
+    with _only_tensors(folder):
+        return torch.load(folder / _generators_file(dist.get_rank()), weights_only=True)
 
 
 @contextlib.contextmanager

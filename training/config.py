@@ -31,7 +31,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    name: str | None = Field(None, pattern=r"^[^/\\]*[^/\\.][^/\\]*$")
+    name: str | None = Field(None, pattern=r"^[^/\\*?\[\]]*[^/\\.*?\[\]][^/\\*?\[\]]*$")  # DeepSpeed takes * ? [ for patterns of files
     output_dir: str = "runs"
     seed: int = Field(1234, ge=0, lt=2**62)
 
@@ -301,7 +301,7 @@ def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: 
 def _run_name(file: Path, overridden: dict[str, str]) -> str:
     """The file's name and what the command line makes differ in the curve: ``gpt2-124m,backend=sdpa,seed=2``."""
     silent = ("run.name", "run.output_dir", "checkpoint.", "eval.", "sample.", "tracking.")
-    differing = [f"{key.split('.')[-1]}={Path(value).name}" for key, value in overridden.items() if not key.startswith(silent)]
+    differing = [f"{key.split('.')[-1]}={re.sub(r'[^-.,=+0-9A-Za-z_]', '', Path(value).name)}" for key, value in overridden.items() if not key.startswith(silent)]
     name = ",".join([file.stem, *differing])
     if len(name) <= _LONGEST_RUN_NAME:
         return name
@@ -320,6 +320,8 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
     if optimizer.warmup_steps > config.train.steps:
         what = f"{optimizer.warmup_steps} steps of warm-up do not fit into train.steps {config.train.steps}; lower it"
         faults.append(({"optimizer", "train"}, "optimizer.warmup_steps", what))
+    if set("*?[") & set(config.run.output_dir):
+        faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
     if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":
         faults.append(({"train", "zero"}, "zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
     backend, notes, backend_faults = _resolve_backend(config)

@@ -22,6 +22,10 @@ class UserFault(ValueError):
     """Something the user can mend, told in one message; other exceptions are ours and keep their traceback."""
 
 
+class LoneFault(UserFault):
+    """One that the other ranks cannot be told of, because they wait in a library: they learn of it by this rank's end."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among all of the run's; read from the environment that the launcher sets."""
@@ -41,11 +45,11 @@ def one_clear_message(ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except (ConfigError, UserFault) as error:
-        if ranks.rank != 0:
+        if ranks.rank != 0 and not isinstance(error, LoneFault):
             # The launcher ends every rank as soon as one has exited: rank 0 must have spoken before another leaves.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10)
-        if ranks.local_rank == 0:
+        if ranks.local_rank == 0 or isinstance(error, LoneFault):
             # Still here on another host than rank 0's: its fault may be this host's alone.
             print(f"\n{f'rank {ranks.rank}: ' * (ranks.rank > 0)}{error}", file=sys.stderr, flush=True)
         sys.exit(USER_FAULT_EXIT_CODE)
@@ -189,6 +193,7 @@ def end_process(exit_code: int = 0) -> NoReturn:
 
     dist.barrier()
     dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # whoever read the output may be gone
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(exit_code)

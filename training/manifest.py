@@ -26,7 +26,7 @@ def write_manifest(folder: Path, seals: dict[str, Any]) -> None:
 
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file, on the disk too, so that a crash leaves the old content or the new one."""
-    temporary = file.with_name(file.name + ".tmp")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # several processes may write the same file
     with temporary.open("w", encoding="utf-8") as opened:
         opened.write(text)
         opened.flush()
@@ -56,6 +56,13 @@ def is_step_folder(path: Path) -> bool:
     return path.match("step_" + "[0-9]" * 8) and path.is_dir()
 
 
+def named_checkpoints(path: Path) -> list[Path]:
+    """What a path given by a user stands for: one checkpoint, or all of a run, newest first; nothing where there is none."""
+    if is_step_folder(path):
+        return [path]
+    return complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
+
+
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
     """Newest first; those still being written have another name."""
     return sorted(filter(is_step_folder, checkpoints.glob("step_*")), reverse=True)
@@ -69,7 +76,7 @@ def faults_of(folder: Path, *, share: slice = slice(None)) -> list[str]:
     """
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_bytes())
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        files = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in manifest["files"].items()}
         version = manifest["format"]
     except FileNotFoundError:
         return [f"{MANIFEST_FILE} is missing"]

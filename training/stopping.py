@@ -1,5 +1,6 @@
 """How a run is stopped: a signal to any process, or the launcher's death, leads to one checkpoint and the end of every process in time."""
 
+import contextlib
 import json
 import os
 import select
@@ -35,6 +36,22 @@ def has_finished(run_dir: Path) -> bool:
         return False
 
 
+def _launchers() -> list[psutil.Process]:
+    """The processes that started this one as a rank: the launcher, and above DeepSpeed's the ``deepspeed`` command."""
+    if "RANK" not in os.environ:
+        return []
+    parent = psutil.Process().parent()
+    if parent is None or parent.pid == 1 or parent.name() in _SHELLS:
+        return []
+    above = parent.parent()
+    is_command = above is not None and any(Path(part).name in ("deepspeed", "deepspeed.launcher.runner") for part in above.cmdline()[:4])
+    return [parent, above] if is_command else [parent]
+
+
+# Looked up when this module is imported, which train.py does first: torch takes seconds, in which a launcher can die.
+_AT_START, _PID_AT_START = _launchers(), os.getpid()
+
+
 class StopRequests:
     """Watches for signals and for the launcher's death from a thread of its own, so that a process stuck in a collective ends too.
 
@@ -48,7 +65,8 @@ class StopRequests:
         self._run_dir, self._grace_seconds = run_dir, grace_seconds
         self._in_loop = False
         self._deadline = self._orphan_deadline = float("inf")
-        self._launchers = _launchers()
+        # A program that forks runs, as tests do, is not what started them.
+        self._launchers = _AT_START if os.getpid() == _PID_AT_START else _launchers()
         self._arrived, wakeup = socket.socketpair()
         wakeup.setblocking(False)
         # Python's own handlers wait for the main thread, which may be inside NCCL; the wakeup descriptor is written at once.
@@ -87,32 +105,21 @@ class StopRequests:
         self.reason = reason
         self._deadline = time.monotonic() + self._grace_seconds
         if not self._in_loop:
-            if not has_finished(self._run_dir):
-                write_outcome(self._run_dir, "stopped", reason=reason, step=None, checkpoint=None)
+            with contextlib.suppress(OSError):  # no marker on a full disk, but the end all the same
+                if not has_finished(self._run_dir):
+                    write_outcome(self._run_dir, "stopped", reason=reason, step=None, checkpoint=None)
             self._end(f"stopped by {reason} before the first step" if os.environ.get("RANK", "0") == "0" else None, STOPPED_EXIT_CODE)
 
     def _end(self, why: str | None, exit_code: int) -> NoReturn:
         """End this process and what it started, such as compilers, whatever its main thread is doing."""
-        if why:
-            print(f"\nrank {os.environ.get('RANK', 0)}: {why}", file=sys.stderr, flush=True)
-        for child in psutil.Process().children(recursive=True):
-            try:
-                child.kill()
-            except psutil.Error:
-                pass
-        os._exit(exit_code)
-
-
-def _launchers() -> list[psutil.Process]:
-    """The processes that started this one as a rank: the launcher, and above DeepSpeed's the ``deepspeed`` command."""
-    if "RANK" not in os.environ:
-        return []
-    parent = psutil.Process().parent()
-    if parent is None or parent.pid == 1 or parent.name() in _SHELLS:
-        return []
-    above = parent.parent()
-    is_command = above is not None and any(Path(part).name in ("deepspeed", "deepspeed.launcher.runner") for part in above.cmdline()[:4])
-    return [parent, above] if is_command else [parent]
+        try:
+            if why:
+                print(f"\nrank {os.environ.get('RANK', 0)}: {why}", file=sys.stderr, flush=True)
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+        finally:
+            os._exit(exit_code)
 
 
 def _is_gone(process: psutil.Process) -> bool:

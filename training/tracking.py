@@ -338,11 +338,10 @@ class ProgressLine:
         text = self._format(row)
         if self._in_place:
             columns = shutil.get_terminal_size().columns
-            self._stream.write(f"\r\x1b[K{text[: columns - 1]}")
+            self._write(f"\r\x1b[K{text[: columns - 1]}")
             self._line_is_open = True
         elif is_first or step % self._every == 0 or step == self._total_steps:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            self._write(text + "\n")
         if "val_loss" in row:
             self.note(
                 f"step {step:>{len(str(self._total_steps))}}/{self._total_steps} | validation loss {row['val_loss']:.4f} nats/token | "
@@ -352,15 +351,20 @@ class ProgressLine:
     def note(self, text: str) -> None:
         """Print a line of its own, leaving the progress line as it stands above it."""
         self.close()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._write(text + "\n")
 
     def close(self) -> None:
         """End the line that is being rewritten, so that what follows starts on a fresh one."""
         if self._line_is_open:
-            self._stream.write("\n")
-            self._stream.flush()
+            self._write("\n")
             self._line_is_open = False
+
+    def _write(self, text: str) -> None:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:  # whoever read it is gone, as `| tee` is after Ctrl-C: no reason to lose the run
+            self._stream = open(os.devnull, "w")
 
     def _format(self, row: dict[str, Any]) -> str:
         step, total = row["step"], self._total_steps

@@ -19,8 +19,8 @@ STEPS = 400
 POINTS = 50
 # Moments of a checkpoint: the function at whose call the process is killed, before or after it has done its work.
 MOMENTS = [(checkpoints, "_make_room"), (checkpoints, "_save_generators"), (checkpoints, "seal"), (checkpoints, "_publish"), (checkpoints, "write_manifest"),
-           (manifest, "fsync_folder"), (checkpoints, "write_atomically"), (checkpoints, "_remove")]
-ON_RANK_0_ALONE = {"_make_room", "_publish", "write_manifest", "write_atomically", "fsync_folder", "_remove"}
+           (manifest, "fsync_folder"), (checkpoints, "write_atomically"), (checkpoints, "_remove"), (manifest.os, "fsync")]
+ON_RANK_0_ALONE = {"_make_room", "_publish", "write_manifest", "write_atomically", "fsync_folder", "_remove", "fsync"}
 
 
 def prepare(folder: Path) -> Path:
@@ -64,13 +64,17 @@ def chosen_points(rng: random.Random) -> list[dict]:
     for module, name in MOMENTS:
         for after in (False, True):
             rank = 0 if name in ON_RANK_0_ALONE else 1
-            points.append({"module": module, "name": name, "victim": rank, "rank": rank, "after": after, "countdown": rng.randint(1, 4)})
-            points.append({"module": module, "name": name, "victim": "launcher", "rank": rank, "after": after, "countdown": rng.randint(1, 4)})
+            points.append({"module": module, "name": name, "victim": rank, "rank": rank, "after": after, "countdown": rng.randint(1, 9)})
+            points.append({"module": module, "name": name, "victim": "launcher", "rank": rank, "after": after, "countdown": rng.randint(1, 9)})
     return points
 
 
 def newest_intact(folder: Path) -> int:
     return next((manifest.step_of(each) for each in manifest.complete_checkpoints(folder) if not manifest.faults_of(each)), 0)
+
+
+def newest(folder: Path) -> int:
+    return max(map(manifest.step_of, manifest.complete_checkpoints(folder)), default=0)
 
 
 def main() -> None:
@@ -81,15 +85,18 @@ def main() -> None:
     import_what_a_run_imports(["--config", str(run_file), "run.name=first", "train.steps=2"], log=folder / "first.log")
     saved = folder / "runs" / "killed" / "checkpoints"
     points = chosen_points(rng)
-    points += [{"victim": rng.choice([0, 1, "launcher"]), "delay": rng.uniform(0.2, 3.0)} for _ in range(POINTS - len(points))]
+    points += [{"victim": rng.choice([0, 1, "launcher"]), "steps": rng.randint(0, 6)} for _ in range(POINTS - len(points))]
     rng.shuffle(points)
     seen = []
     for point in points:
-        before = newest_intact(saved)
+        before, newest_before = newest_intact(saved), newest(saved)
         hook = kill_at(**point) if "name" in point else lambda rank: None
         run = ForkedRun(["--config", str(run_file), "run.name=killed"], log=log, hook=hook)
-        if "delay" in point:
-            time.sleep(point["delay"])
+        if "steps" in point:  # 0: while it starts
+            time.sleep(rng.uniform(0, 0.5))
+            deadline = time.monotonic() + 60
+            while newest(saved) < newest_before + point["steps"] and time.monotonic() < deadline:
+                time.sleep(0.002)
             run.kill(point["victim"])
         seconds = run.wait(60)
         seen.append({"point": point.get("name", "random"), "victim": point["victim"], "after": point.get("after"), "before": before,

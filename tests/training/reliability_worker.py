@@ -98,7 +98,7 @@ def signals(scenario: Scenario) -> list[dict]:
 def one_signal(scenario: Scenario, number: int, victim: int | str, moment: str) -> dict:
     def send() -> None:
         os.kill(os.getppid() if victim == "launcher" else os.getpid(), number)
-        time.sleep(1.2)  # so that the moment lasts until the signal, or the launcher's death, has been seen
+        time.sleep(3 if victim == "launcher" else 0.5)  # so that the moment lasts until it has been seen
 
     rank = 0 if victim == "launcher" else victim
 
@@ -148,7 +148,7 @@ def damage(scenario: Scenario) -> dict:
         "manifest truncated": lambda newest: halve(newest / "manifest.json"),
         "manifest emptied": lambda newest: (newest / "manifest.json").write_text("{}"),
         "newest empty": lambda newest: (shutil.rmtree(newest), newest.mkdir()),
-        "half a newer one": lambda newest: shutil.copytree(newest, newest.with_name("step_00000016.tmp")),
+        "half a newer one": lambda newest: (shutil.copytree(newest, newest.with_name("step_00000016.tmp")), (newest.parent / "latest.1.tmp").touch()),
         "latest deleted": lambda newest: (newest.parent / "latest").unlink(),
         "latest garbled": lambda newest: (newest.parent / "latest").write_bytes(b"\xff\x00"),
         "all damaged": lambda newest: [halve(each / shard) for each in manifest.complete_checkpoints(newest.parent)],
@@ -174,7 +174,8 @@ def untrusted(scenario: Scenario) -> dict:
     """A file that runs code when unpickled, under a manifest that confirms it: in the same layout, and where it must be converted."""
     os.environ["TOUCHED"] = str(scenario.folder / "touched")
     seen = {}
-    for name, processes, file in (("same", 2, "zero_pp_rank_0_mp_rank_00_model_states.pt"), ("same", 2, "rng_rank_00000.pt"),
+    for name, processes, file in (("same", 2, "zero_pp_rank_0_mp_rank_00_model_states.pt"), ("same", 2, "rng_rank_00001.pt"),
+                                  ("same", 2, "zero_pp_rank_1_mp_rank_00_optim_states.pt"),
                                   ("other", 1, "zero_pp_rank_1_mp_rank_00_optim_states.pt")):
         run_dir = scenario.folder / "runs" / f"untrusted-{name}-{file}"
         shutil.copytree(scenario.folder / "runs" / "sound", run_dir)
@@ -192,12 +193,13 @@ def asked_for(scenario: Scenario) -> dict:
     return {
         "missing": scenario.run("m1", f"checkpoint.resume={runs}/nothing-here"),
         "run without": scenario.run("m2", f"checkpoint.resume={scenario.folder}/sonnet"),
-        "damaged": scenario.run("m3", f"checkpoint.resume={runs}/shard deleted/checkpoints/step_00000012"),
+        "damaged": scenario.run("m3", f"checkpoint.resume={runs}/all damaged/checkpoints/step_00000012"),
         "branch": scenario.run("branch", f"checkpoint.resume={runs}/sound/checkpoints/step_00000008", "optimizer.lr=5e-3"),
         "branch again": scenario.run("branch", f"checkpoint.resume={runs}/sound/checkpoints/step_00000008"),
         "newest of a run": scenario.run("branch2", f"checkpoint.resume={runs}/sound"),
         "older of its own": scenario.run("sound", f"checkpoint.resume={runs}/sound/checkpoints/step_00000008"),
         "never": scenario.run("sound", "checkpoint.resume=never"),
+        "other run's": scenario.run("sound", f"checkpoint.resume={runs}/whole"),
         "finished": scenario.run("whole"),
         "other batch": scenario.run("sound", "train.global_batch_size=8"),
         "other model": scenario.run("sound", "model.layers=2"),
@@ -216,31 +218,50 @@ def crashed(scenario: Scenario) -> dict:
     return {"early": early, "late": late, "none": none}
 
 
+def disk_full(scenario: Scenario) -> dict:
+    """A write that fails on one rank alone, inside DeepSpeed and outside."""
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def inside(rank: int) -> None:
+        if rank == 1:
+            torch.save = fail
+
+    def outside(rank: int) -> None:
+        if rank == 1:
+            checkpoints._save_generators = fail
+
+    return {"inside": scenario.run("full-inside", "checkpoint.every=5", hook=inside), "outside": scenario.run("full-outside", "checkpoint.every=5", hook=outside)}
+
+
 def diverging(scenario: Scenario) -> dict:
     return scenario.run("diverging", "optimizer.lr=1e30", "optimizer.warmup_steps=0", "train.stop_after_skipped=3")
 
 
 def hung(scenario: Scenario) -> dict:
     """One rank that never comes back: a signal ends it all the same, in checkpoint.stop_seconds; so does the launcher's death."""
-    sleeping = at_step(3, 1, lambda: time.sleep(300))
+    asleep = scenario.folder / "asleep"
+    sleeping = at_step(3, 1, lambda: (asleep.touch(), time.sleep(300)))
 
     def when_asleep(act: Callable[[ForkedRun], None]) -> Callable[[ForkedRun], None]:
         def during(run: ForkedRun) -> None:
-            time.sleep(6)
+            while not asleep.exists():
+                time.sleep(0.05)
             act(run)
 
         return during
 
     both = when_asleep(lambda run: (run.kill(0, signal.SIGTERM), run.kill(1, signal.SIGTERM)))
-    return {"signal": scenario.run("hung-signal", "checkpoint.stop_seconds=3", hook=sleeping, during=both),
-            "launcher": scenario.run("hung-launcher", hook=sleeping, during=when_asleep(lambda run: run.kill("launcher")))}
+    by_signal = scenario.run("hung-signal", "checkpoint.stop_seconds=3", hook=sleeping, during=both)
+    asleep.unlink()
+    return {"signal": by_signal, "launcher": scenario.run("hung-launcher", hook=sleeping, during=when_asleep(lambda run: run.kill("launcher")))}
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     scenario = Scenario(folder)
     import_what_a_run_imports(["--config", str(folder / "run.yaml"), "run.name=first", "train.steps=2"], log=folder / "first.log")
-    seen = {part.__name__: part(scenario) for part in (exact, signals, damage, untrusted, asked_for, crashed, diverging, hung)}
+    seen = {part.__name__: part(scenario) for part in (exact, signals, damage, untrusted, asked_for, crashed, disk_full, diverging, hung)}
     (folder / "seen.json").write_text(json.dumps(seen))
 
 

@@ -86,6 +86,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, seen, 
     run = seen["damage"][case]
     assert f"checkpoints/step_00000012 is damaged and passed over: {DAMAGED[case]}" in run["output"], run["output"]
     assert run["resumed"] == 8 and run["code"] == 0 and run["output"].count("passed over") == 1
+    assert (folder / "runs" / case / "checkpoints/step_00000012.damaged").is_dir() and run["checkpoints"][-1] == "step_00000008"
     assert curve(folder, case) == curve(folder, "parts")
 
 
@@ -101,7 +102,7 @@ def test_several_damaged_checkpoints(folder, seen):
     assert seen["damage"]["two damaged"]["resumed"] == 4 and seen["damage"]["two damaged"]["output"].count("passed over") == 2
     assert curve(folder, "two damaged") == curve(folder, "parts")
     run = seen["damage"]["all damaged"]
-    assert run["code"] == 2 and run["output"].count("passed over") == 3 and "no intact checkpoint is left" in run["output"]
+    assert run["code"] == 2 and run["output"].count(" is damaged: ") == 3 and "no intact checkpoint is left" in run["output"]
     assert run["checkpoints"] == ["step_00000012", "step_00000008", "step_00000004"], "nothing is removed"
 
 
@@ -120,14 +121,14 @@ def test_no_checkpoint_where_none_is_wanted(seen):
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(seen):
-    assert len(seen["untrusted"]) == 3
+    assert len(seen["untrusted"]) == 4
     for case, run in seen["untrusted"].items():
         assert not run["ran"] and run["code"] == 2 and "would run code" in run["output"], case
 
 
 REFUSED = {
-    "missing": "does not exist", "run without": "no intact checkpoint", "damaged": "step_00000012 is damaged", "branch again": "already holds the metrics of a run",
-    "older of its own": "has newer checkpoints", "never": "already holds the metrics of a run", "finished": "holds a finished run",
+    "missing": "does not exist", "run without": "holds no checkpoint", "damaged": "step_00000012 is damaged", "branch again": "already holds checkpoints",
+    "older of its own": "has newer checkpoints", "never": "already holds checkpoints", "other run's": "already holds checkpoints", "finished": "holds a finished run",
     "other batch": "train.global_batch_size: 4 -> 8", "other model": "model.layers: 1 -> 2", "other seed": "run.seed: 1234 -> 7", "fewer steps": "12 steps are done",
 }
 
@@ -152,6 +153,12 @@ def test_a_finished_run_goes_on_with_more_steps(folder, seen):
     assert [row["step"] for row in read_metrics(folder / "runs/whole")[0]] == list(range(1, 25))
 
 
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_full_disk_is_told_by_the_rank_that_met_it(seen, where):
+    run = seen["disk_full"][where]
+    assert run["code"] == 2 and "could not be written: [Errno 28] No space left on device" in run["output"] and run["checkpoints"] == [], run["output"]
+
+
 def test_a_run_that_diverges_stops_and_says_what_to_look_at(folder, seen):
     run = seen["diverging"]
     rows = read_metrics(folder / "runs/diverging")[0]
@@ -160,5 +167,5 @@ def test_a_run_that_diverges_stops_and_says_what_to_look_at(folder, seen):
 
 
 def test_a_hung_rank_does_not_outlive_a_signal_or_its_launcher(seen):
-    assert seen["hung"]["signal"]["seconds"] < 6, "checkpoint.stop_seconds was 3"
+    assert 2 < seen["hung"]["signal"]["seconds"] < 10, "checkpoint.stop_seconds was 3"
     assert seen["hung"]["launcher"]["seconds"] < 15
