@@ -52,7 +52,7 @@ def one_clear_message(ranks: Ranks) -> Iterator[None]:
         if ranks.local_rank == 0 or isinstance(error, LoneFault):
             # Still here on another host than rank 0's: its fault may be this host's alone.
             print(f"\n{f'rank {ranks.rank}: ' * (ranks.rank > 0)}{error}", file=sys.stderr, flush=True)
-        sys.exit(USER_FAULT_EXIT_CODE)
+        _exit_at_once(USER_FAULT_EXIT_CODE)
 
 
 @contextlib.contextmanager
@@ -184,15 +184,20 @@ def agree(key: str, value: str) -> None:
 
 
 def end_process(exit_code: int = 0) -> NoReturn:
-    """Leave the process group and end this process, its work done; all ranks at once, because the launcher ends those who stay behind.
-
-    Without the interpreter's own shutdown: a thread of gloo that drops its last tensor meanwhile aborts the process ("terminate called
-    without an active exception", seen on a loaded machine), which turns a finished run into a failed one.
-    """
+    """Leave the process group and end this process, its work done; all ranks at once, because the launcher ends those who stay behind."""
     import torch.distributed as dist
 
     dist.barrier()
     dist.destroy_process_group()
+    _exit_at_once(exit_code)
+
+
+def _exit_at_once(exit_code: int) -> NoReturn:
+    """End this process without the interpreter's own shutdown.
+
+    A thread of gloo that drops its last tensor meanwhile aborts the process ("terminate called without an active exception", seen on a
+    loaded machine), which turns a finished run into a failed one, and a clear message into an abort.
+    """
     with contextlib.suppress(OSError):  # whoever read the output may be gone
         sys.stdout.flush()
         sys.stderr.flush()
