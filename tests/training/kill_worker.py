@@ -73,6 +73,12 @@ def newest_intact(folder: Path) -> int:
     return next((manifest.step_of(each) for each in manifest.complete_checkpoints(folder) if not manifest.faults_of(each)), 0)
 
 
+def resumed_at(said: str) -> int | None:
+    """The step that a start said it goes on from; None where it said nothing, being new or killed too soon."""
+    found = re.search(r"^resume .*: (\d+) of", said, re.MULTILINE)
+    return int(found[1]) if found else None
+
+
 def newest(folder: Path) -> int:
     return max(map(manifest.step_of, manifest.complete_checkpoints(folder)), default=0)
 
@@ -89,7 +95,8 @@ def main() -> None:
     rng.shuffle(points)
     seen = []
     for point in points:
-        before, newest_before = newest_intact(saved), newest(saved)
+        newest_before = newest(saved)
+        said_before = len(log.read_text()) if log.exists() else 0
         hook = kill_at(**point) if "name" in point else lambda rank: None
         run = ForkedRun(["--config", str(run_file), "run.name=killed"], log=log, hook=hook)
         if "steps" in point:  # 0: while it starts
@@ -99,15 +106,14 @@ def main() -> None:
                 time.sleep(0.002)
             run.kill(point["victim"])
         seconds = run.wait(60)
-        seen.append({"point": point.get("name", "random"), "victim": point["victim"], "after": point.get("after"), "before": before,
+        seen.append({"point": point.get("name", "random"), "victim": point["victim"], "after": point.get("after"), "resumed": resumed_at(log.read_text()[said_before:]),
                      "left": newest_intact(saved), "exit_code": run.code, "seconds": seconds,
                      "damaged": [each.name for each in manifest.complete_checkpoints(saved) if manifest.faults_of(each)]})
     last = ForkedRun(["--config", str(run_file), "run.name=killed"], log=log)
     last.wait(120)
     whole = ForkedRun(["--config", str(run_file), "run.name=whole", "checkpoint.every=0"], log=folder / "whole.log")
     whole.wait(120)
-    resumed = [int(step) for step in re.findall(r"^resume .*: (\d+) of", log.read_text(), re.MULTILINE)]
-    (folder / "seen.json").write_text(json.dumps({"points": seen, "resumed": resumed, "codes": [last.code, whole.code]}))
+    (folder / "seen.json").write_text(json.dumps({"points": seen, "codes": [last.code, whole.code]}))
 
 
 if __name__ == "__main__":
