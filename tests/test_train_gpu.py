@@ -31,20 +31,17 @@ def train(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 4])
+@pytest.mark.parametrize("gpus", [pytest.param(count, marks=pytest.mark.gpu(count=count)) for count in (1, 2, 4)])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, gpus):
-    if gpus > torch.cuda.device_count():
-        pytest.skip(f"needs {gpus} GPUs")
     whole, rows = train(f"whole-{gpus}", gpus)
     resumed, more = train(f"resumed-{gpus}", gpus, f"checkpoint.resume={whole}/checkpoints/step_00000010")
     assert more == rows[10:] and rows[-1][1] < rows[0][1]
     assert tensor_hashes(resumed / "checkpoints/step_00000020") == tensor_hashes(whole / "checkpoints/step_00000020")
 
 
+@pytest.mark.gpu(count=2)
 def test_a_run_goes_on_with_fewer_and_with_more_gpus(train):
     most = torch.cuda.device_count()
-    if most < 2:
-        pytest.skip("needs two GPUs")
     whole, rows = train("elastic-whole", most, "model.dropout=0.0")
     fewer, middle = train("elastic-fewer", 1, "model.dropout=0.0", f"checkpoint.resume={whole}/checkpoints/step_00000005")
     _, end = train("elastic-more", most, "model.dropout=0.0", f"checkpoint.resume={fewer}/checkpoints/step_00000010")

@@ -35,8 +35,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from training.config import CheckpointSection, Config
 from training.distributed import LoneFault, UserFault, from_first_rank, gather, together
 from training.engine import set_hyperparameters
-from training.manifest import (STATE_FILE, complete_checkpoints, faults_of, fsync_folder, named_checkpoints, seal, step_folder, step_of, write_atomically,
-                               write_manifest)
+from training.files import rename_durably, write_atomically
+from training.manifest import STATE_FILE, complete_checkpoints, faults_of, named_checkpoints, seal, step_folder, step_of, write_manifest
 from training.universal import convert_to_universal, load_universal
 
 LATEST_FILE = "latest"
@@ -94,7 +94,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: LoopState, conf
         parameters: of the model, for the check that the disk has room.
 
     Returns:
-        The new checkpoint's folder.  One of this step that was there (a damaged one, gone back over) is replaced.
+        The new checkpoint's folder.
 
     Raises:
         UserFault: the disk is full or not writable; earlier checkpoints are as they were.
@@ -102,7 +102,7 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: LoopState, conf
     final = step_folder(folder, state.step)
     temporary = final.with_suffix(".tmp")
     first = dist.get_rank() == 0
-    together(lambda: _make_room(folder, temporary, _BYTES_PER_PARAMETER * parameters), here=first)
+    together(lambda: _make_room(folder, _BYTES_PER_PARAMETER * parameters), here=first)
     try:
         with _told_if_not_written(temporary):
             engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
@@ -125,9 +125,9 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: LoopState, conf
     return final
 
 
-def _make_room(folder: Path, temporary: Path, needed: int) -> None:
+def _make_room(folder: Path, needed: int) -> None:
     """Remove what earlier crashes left, and see that the disk has room."""
-    temporary.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob("*.tmp"):
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     free = shutil.disk_usage(folder).free
@@ -160,10 +160,7 @@ def _generators_file(rank: int) -> str:
 
 def _publish(temporary: Path, final: Path, seals: dict[str, Any], section: CheckpointSection) -> None:
     write_manifest(temporary, seals)
-    if final.exists():
-        _remove(final)
-    temporary.rename(final)
-    fsync_folder(final.parent)
+    rename_durably(temporary, final)
     write_atomically(final.parent / LATEST_FILE, final.name + "\n")
     for old in complete_checkpoints(final.parent)[section.keep_last :]:
         if not section.keep_every or step_of(old) % section.keep_every:

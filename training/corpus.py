@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.files import fsync
 from training.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
@@ -108,7 +109,7 @@ def _write_files(folder: Path, tokenizer: Tokenizer, splits, provenance: dict, p
     manifest["corpus_sha256"] = _corpus_sha256(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
-        _fsync(path)
+        fsync(path)
 
 
 def _write_split(folder: Path, split: str, texts: Iterable[str], tokenizer: Tokenizer, token_bytes: np.ndarray, shard_tokens: int) -> dict:
@@ -169,14 +170,6 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _refuse_foreign_files(folder: Path) -> None:
     """Overwriting removes the folder: it must hold nothing but a corpus, or what is left of one."""
     own = re.compile(rf"manifest\.json|token_bytes\.npy|({'|'.join(SPLITS)})_\d{{5}}\.(bin|documents\.npy)")
@@ -195,7 +188,7 @@ def _replace(folder: Path, partial: Path) -> None:
         shutil.rmtree(old)
     else:
         partial.rename(folder)
-    _fsync(folder.parent)
+    fsync(folder.parent)
 
 
 # ---------------------------------------------------------------- reading

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint on the disk: its manifest, the check against it, and files that are there whole or not at all."""
+"""The folder of a checkpoint on the disk: its manifest, and the check against it."""
 
 import hashlib
 import json
@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from training.files import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -22,26 +24,6 @@ def seal(file: Path) -> dict[str, Any]:
 def write_manifest(folder: Path, seals: dict[str, Any]) -> None:
     """``seals``: what ``seal`` returned for each file name of the folder."""
     write_atomically(folder / MANIFEST_FILE, json.dumps({"format": FORMAT_VERSION, "files": seals}, indent=2) + "\n")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file, on the disk too, so that a crash leaves the old content or the new one."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")  # several processes may write the same file
-    with temporary.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())
-    temporary.replace(file)
-    fsync_folder(file.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk; a file's own fsync does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:

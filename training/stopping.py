@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from training.manifest import write_atomically
+from training.files import write_atomically
 
 OUTCOME_FILE = "outcome.json"
 STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: started again it goes on

@@ -18,6 +18,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TextIO
 
+from training.files import rename_durably, write_atomically
 from training.wandb_run import WandbRun, new_run_id, one_line, start_live, sync_command
 
 RUN_FILE = "run.json"
@@ -209,7 +210,7 @@ def _put_in_place(path: Path, content: bytes, *, held: TextIO) -> TextIO:
         _write_durably(file, content)
     replacement = temporary.open("a", encoding="utf-8")
     _lock(replacement)
-    _rename_durably(temporary, path)
+    rename_durably(temporary, path)
     held.close()
     return replacement
 
@@ -263,25 +264,13 @@ def _read_description_if_any(run_dir: Path) -> dict[str, Any]:
 
 def write_description(run_dir: Path, description: dict[str, Any]) -> None:
     """Replace run_dir/run.json atomically."""
-    temporary = (run_dir / RUN_FILE).with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        _write_durably(file, (to_json(description, indent=2) + "\n").encode())
-    _rename_durably(temporary, run_dir / RUN_FILE)
+    write_atomically(run_dir / RUN_FILE, to_json(description, indent=2) + "\n")
 
 
 def _write_durably(file: BinaryIO, content: bytes) -> None:
     file.write(content)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _rename_durably(temporary: Path, path: Path) -> None:
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def run_tags(config: dict[str, Any], parameters: int) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.forked_runs import ForkedRun, import_what_a_run_imports
-from training import checkpoints, manifest
+from training import checkpoints, files, manifest
 from training.corpus import write_corpus
 from training.tokenizers import load_tokenizer
 
@@ -19,8 +19,8 @@ STEPS = 400
 POINTS = 50
 # Moments of a checkpoint: the function at whose call the process is killed, before or after it has done its work.
 MOMENTS = [(checkpoints, "_make_room"), (checkpoints, "_save_generators"), (checkpoints, "seal"), (checkpoints, "_publish"), (checkpoints, "write_manifest"),
-           (manifest, "fsync_folder"), (checkpoints, "write_atomically"), (checkpoints, "_remove"), (manifest.os, "fsync")]
-ON_RANK_0_ALONE = {"_make_room", "_publish", "write_manifest", "write_atomically", "fsync_folder", "_remove", "fsync"}
+           (files, "fsync"), (checkpoints, "write_atomically"), (checkpoints, "_remove"), (files, "rename_durably")]
+ON_RANK_0_ALONE = {"_make_room", "_publish", "write_manifest", "write_atomically", "fsync", "_remove", "rename_durably"}
 
 
 def prepare(folder: Path) -> Path:

@@ -297,7 +297,7 @@ def test_a_crash_while_rows_are_replaced_loses_none(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr(tracking, "_rename_durably", crash)
+        patch.setattr(tracking, "rename_durably", crash)
         recorder(tmp_path, resume_step=2)
     assert steps(tmp_path) == [1, 2, 3, 4]
     run_to(tmp_path, 3, resume_step=2)
