@@ -71,8 +71,9 @@ def other_layouts(out: Path) -> dict:
     for source, target in itertools.product(LAYOUTS, LAYOUTS):
         if source[1] != target[1] and source[0] != target[0]:
             continue
-        checkpoint = Checkpoint.read(out / f"{source[1]}-{source[0]}" / "step_00000003")
-        seen[f"{source[1]}-{source[0]} {target[1]}-{target[0]}"] = resumed(checkpoint, configuration(*target), out / "converted")
+        before, after = f"{source[1]}-{source[0]}", f"{target[1]}-{target[0]}"
+        checkpoint = Checkpoint.read(out / before / "step_00000003")
+        seen[f"{before} {after}"] = resumed(checkpoint, configuration(*target), out / "converted" / before / after)
     return seen
 
 
