@@ -183,3 +183,10 @@ def test_auto_is_resolved_once_with_its_reason(monkeypatch):
     config, notes = load_config("configs/quickstart.yaml")
     assert config.attention.backend == "sdpa"
     assert len(notes) == 1 and notes[0].startswith("attention.backend: auto -> sdpa (")
+
+
+def test_what_attention_is_asked_for_decides_which_backend_can(load):
+    for key in ("attention.window=64", "attention.dropout=0.1", "attention.document_mask=true", "model.positions=alibi"):
+        assert load(key, run="").attention.backend == "tiled"
+        assert "attention.backend: sdpa has no" in faults_of(lambda: load(key, "attention.backend=sdpa", run=""))
+    assert load("attention.window=64", run="").attention.window == 64
