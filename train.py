@@ -92,7 +92,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # 5. Model, optimizer, engine.
     convert = checkpoint is not None and checkpoint.needs_conversion(config)
     with output_to(deepspeed_log):
-        engine = build_engine(config, load_universal=convert)
+        engine = build_engine(config, end_of_text=tokenizer.end_of_text, load_universal=convert)
         if checkpoint:
             checkpoints.load(engine, checkpoint, config, scratch=run_dir / "checkpoints")
     shape = {"sequence_length": config.model.sequence_length, "rank": ranks.rank, "world": ranks.world, "device": engine.device}

@@ -22,7 +22,7 @@ class GPTConfig(BaseModel):
     ffn_size: PositiveInt | None = None
     vocab_size: PositiveInt = 50304
     sequence_length: PositiveInt = 1024
-    positions: Literal["learned", "rope"] = "learned"
+    positions: Literal["learned", "rope", "alibi"] = "learned"
     rope_theta: float = Field(10000.0, gt=0)
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = Field(1e-5, gt=0)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import attention
+from kernels.attention import alibi_slopes, attention
 from model.config import GPTConfig
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
@@ -17,18 +17,26 @@ class GPT(nn.Module):
     Args:
         config: a resolved architecture (``GPTConfig.resolved()``).
         attention_backend: a backend of ``kernels.attention``; changes speed and memory, never the function.
+        attention_window: a query sees this many keys, its own the last; None: all before it.
+        attention_dropout: of the attention probabilities, while training.
+        end_of_text: the id that ends a document; given, a query sees its own document alone. None: all that is packed before it.
         activation_checkpointing: ``none`` keeps every activation for the backward pass, ``full`` keeps each block's
             input only and computes the block again (Chen et al. 2016, section 3).
     """
 
-    def __init__(self, config: GPTConfig, *, attention_backend: str = "auto", activation_checkpointing: str = "none"):
+    def __init__(
+        self, config: GPTConfig, *, attention_backend: str = "auto", attention_window: int | None = None, attention_dropout: float = 0.0,
+        end_of_text: int | None = None, activation_checkpointing: str = "none",
+    ):  # fmt: skip
         super().__init__()
         self.config = config
+        self.end_of_text = end_of_text
         self.activation_checkpointing = activation_checkpointing
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.sequence_length, config.hidden_size) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, attention_backend) for _ in range(config.layers))
+        attention = {"backend": attention_backend, "window": attention_window, "dropout": attention_dropout}
+        self.blocks = nn.ModuleList(Block(config, **attention) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # The weights follow from torch's seed alone, on every device: modules, as they are made, draw from the generator of theirs.
@@ -68,17 +76,22 @@ class GPT(nn.Module):
         """
         sequence = tokens.shape[1]
         x = self.token_embedding(tokens)
-        rotary = None
-        if self.position_embedding is not None:
+        rotary = slopes = documents = None
+        if self.config.positions == "learned":
             x = x + self.position_embedding(torch.arange(sequence, device=tokens.device))
-        else:
+        elif self.config.positions == "rope":
             rotary = rotary_table(sequence, self.config.head_dim, self.config.rope_theta, tokens.device)
+        else:
+            slopes = alibi_slopes(self.config.heads, tokens.device)  # no buffer, for the reason that rotary_table gives
+        if self.end_of_text is not None:
+            ends = tokens == self.end_of_text
+            documents = (ends.cumsum(1) - ends.long()).int()  # an end of text belongs to the document that it ends
         x = self.dropout(x)
         for block in self.blocks:
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, use_reentrant=False)
+                x = checkpoint(block, x, rotary, slopes, documents, use_reentrant=False)
             else:
-                x = block(x, rotary)
+                x = block(x, rotary, slopes, documents)
         logits = self.head(self.final_norm(x))
         if labels is None:
             return logits
@@ -88,38 +101,47 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """One transformer layer: attention and feed-forward, each normalised first and added to the residual stream."""
 
-    def __init__(self, config: GPTConfig, attention_backend: str):
+    def __init__(self, config: GPTConfig, **attention):
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = SelfAttention(config, attention_backend)
+        self.attention = SelfAttention(config, **attention)
         self.ffn_norm = make_norm(config)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
-        """x: [batch, sequence, hidden]; rotary: see ``rotary_table`` (None with learned positions)."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary))
+    def forward(
+        self, x: torch.Tensor, rotary: torch.Tensor | None, slopes: torch.Tensor | None, documents: torch.Tensor | None
+    ) -> torch.Tensor:
+        """x: [batch, sequence, hidden]; rotary: see ``rotary_table``; slopes, documents: ``attention``'s alibi_slopes, document_ids."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, slopes, documents))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class SelfAttention(nn.Module):
     """Causal self-attention; fewer key/value heads than query heads make it GQA, one makes it MQA (Ainslie et al. 2023)."""
 
-    def __init__(self, config: GPTConfig, backend: str):
+    def __init__(self, config: GPTConfig, *, backend: str, window: int | None, dropout: float):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim, self.backend = config.heads, config.kv_heads, config.head_dim, backend
+        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
+        self.backend, self.window, self.dropout = backend, window, dropout
         self.qkv = nn.Linear(config.hidden_size, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=config.bias)
         self.projection = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=config.bias)
         self.projection.writes_to_residual = True
 
-    def forward(self, x: torch.Tensor, rotary: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotary: torch.Tensor | None, slopes: torch.Tensor | None, documents: torch.Tensor | None
+    ) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
         if rotary is None:
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         else:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
             q, k = rotate(qk, rotary).split([self.heads, self.kv_heads], dim=2)
-        return self.projection(attention(q, k, v, causal=True, backend=self.backend).flatten(2))
+        out = attention(
+            q, k, v, causal=True, window=self.window, document_ids=documents, alibi_slopes=slopes,
+            dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
+        )  # fmt: skip
+        return self.projection(out.flatten(2))
 
 
 class FeedForward(nn.Module):

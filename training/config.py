@@ -38,6 +38,9 @@ class RunSection(Section):
 
 class AttentionSection(Section):
     backend: str = "auto"
+    window: PositiveInt | None = None
+    dropout: float = Field(0.0, ge=0, lt=1)
+    document_mask: bool = False
 
 
 class DataSection(Section):
@@ -329,7 +332,7 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
-        "attention": AttentionSection(backend=backend),
+        "attention": config.attention.model_copy(update={"backend": backend}),
         "train": train,
         "tracking": config.tracking.model_copy(update={"group": config.tracking.group or group}),
     })
@@ -349,6 +352,10 @@ def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, st
         "head_dim": max(1, model.head_dim),  # hidden_size below heads is told by its own fault
         "compute_capability": capability,
         "grouped": model.kv_heads != model.heads,
+        "window": config.attention.window is not None,
+        "document_ids": config.attention.document_mask,
+        "alibi": model.positions == "alibi",
+        "dropout": config.attention.dropout > 0,
     }
     backend = config.attention.backend
     if backend == "auto":

@@ -8,10 +8,11 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from kernels.attention.backends import BACKENDS, choose, sdpa, unsupported
+from kernels.attention.masks import Rules, alibi_slopes, document_bounds
 from kernels.attention.reference import eager, tiled
 from kernels.attention.tuning import compute_capability, read_compute_capability
 
-__all__ = ["BACKENDS", "attention", "choose", "unsupported"]
+__all__ = ["BACKENDS", "alibi_slopes", "attention", "choose", "unsupported"]
 
 
 def attention(
@@ -20,46 +21,87 @@ def attention(
     v: torch.Tensor,
     *,
     causal: bool = True,
+    window: int | tuple[int | None, int | None] | None = None,
+    document_ids: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
+    deterministic: bool = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scale * Q K^T) V for every head, differentiable once in q, k and v (Vaswani et al. 2017, equation 1).
+    """softmax(scale * Q K^T) V for every head, differentiable once in q, k, v and sinks (Vaswani et al. 2017, equation 1).
 
-    q: [batch, seq_q, heads, head_dim]; k, v: [batch, seq_k, kv_heads, head_dim], heads a multiple of kv_heads: query head h reads key head
-    h // (heads / kv_heads) (grouped-query attention). One dtype: float16, bfloat16 or float32 (`eager`, `tiled` and `sdpa` also take
-    float64). Strided views, such as slices of a packed projection, are read in place; only a last dimension that is not dense is copied.
+    q: [batch, seq_q, heads, head_dim]; k: [batch, seq_k, kv_heads, head_dim]; v: [batch, seq_k, kv_heads, value_head_dim], heads a multiple
+    of kv_heads: query head h reads key head h // (heads / kv_heads) (grouped-query attention). One dtype: float16, bfloat16 or float32
+    (`eager`, `tiled` and `sdpa` also take float64). Strided views, such as slices of a packed projection, are read in place; only a last
+    dimension that is not dense is copied.
 
-    causal: query i sees the keys j <= i + seq_k - seq_q (the last query sees all). A query that sees nothing gives 0, a log-sum-exp of
-    -inf and zero gradients. scale: above 0 and finite; default head_dim ** -0.5. backend: a name in `backends.BACKENDS`, or "auto",
-    which chooses at each call, by that call's tensors and arguments (see `choose`). torch.autocast does not reach inside.
+    The scores s of query i and key j, before the softmax over the keys, are made in this order:
+        scale         s = scale * q_i . k_j; above 0 and finite, default head_dim ** -0.5.
+        softcap       s = softcap * tanh(s / softcap); above 0.
+        alibi_slopes  s = s - slope * |i + seq_k - seq_q - j|; float32 [heads] or [batch, heads], without a gradient.
+        causal        query i sees the keys j <= i + seq_k - seq_q (the last query sees all).
+        window        (left, right): query i sees the keys from i + seq_k - seq_q - left to i + seq_k - seq_q + right; None has no end.
+                      A number w is (w - 1, 0): w keys, the query's own the last.
+        document_ids  int32 [batch, seq], seq_q = seq_k = seq: a query sees its own document, the run of equal ids that it stands in.
+        cu_seqlens    the same for batch 1, as int32 [documents + 1]: where each begins, first 0, last seq. On a GPU they are not checked.
+        sinks         [heads], any floating dtype: one more score of every query of the head, with no value; takes its share of the softmax.
+        dropout_p     of the probabilities after the softmax, from 0 to below 1; the rest are divided by 1 - dropout_p. The mask follows
+                      from two numbers drawn of torch's generator for q's device: the same in every backend, and in a recomputation.
 
-    Returns the output [batch, seq_q, heads, head_dim] in q's dtype; with return_lse also the natural log-sum-exp of the scaled scores
-    [batch, heads, seq_q], float32 (float64 for float64 inputs), differentiable too. ValueError when shapes do not fit together or the
-    backend cannot do what is asked.
+    A query that sees nothing gives 0, without a sink a log-sum-exp of -inf, and zero gradients. backend: a name in `backends.BACKENDS`, or
+    "auto", which chooses at each call, by that call's tensors and arguments (see `choose`). deterministic: refuse backends whose backward
+    passes may differ in the last bits from one to the next. torch.autocast does not reach inside.
+
+    Returns the output [batch, seq_q, heads, value_head_dim] in q's dtype; with return_lse also the natural log-sum-exp of the scores, sink
+    included, [batch, heads, seq_q], float32 (float64 for float64 inputs), differentiable too: outputs over two sets of keys merge by it.
+    ValueError when arguments do not fit together or the backend cannot do what is asked.
     """
     _check_shapes(q, k, v)
-    head_dim = q.shape[3]
-    scale = head_dim**-0.5 if scale is None else scale
-    if not 0 < scale < math.inf:
-        raise ValueError(f"attention: scale must be above 0 and finite, got {scale}")
+    _check_options(q, k, softcap, sinks, dropout_p, scale)
+    rules = Rules(
+        q.shape[3] ** -0.5 if scale is None else scale,
+        k.shape[1] - q.shape[1],
+        *_bounds(causal, window),
+        *_documents(q, k, document_ids, cu_seqlens),
+        cu_seqlens,
+        _slopes(q, alibi_slopes),
+        softcap,
+        dropout_p,
+        deterministic=deterministic,
+    )
     asked = dict(
         device_type=q.device.type,
         dtype=q.dtype,
-        head_dim=head_dim,
+        head_dim=q.shape[3],
+        value_head_dim=v.shape[3],
         compute_capability=_compute_capability(q.device),
         grouped=True if q.shape[2] != k.shape[2] else False,  # a bool, where torch.compile has symbolic sizes
-        unequal_causal=causal and q.shape[1] != k.shape[1],
+        unequal_causal=(rules.left is not None or rules.right is not None) and q.shape[1] != k.shape[1],
+        window=(rules.left is not None or rules.right is not None) and not rules.causal,
+        document_ids=document_ids is not None,
+        cu_seqlens=cu_seqlens is not None,
+        alibi=alibi_slopes is not None,
+        softcap=softcap is not None,
+        sinks=sinks is not None,
+        dropout=dropout_p > 0,
         return_lse=return_lse,
+        deterministic=deterministic,
     )
     if backend == "auto":
         backend, _ = choose(**asked)
     elif reason := unsupported(backend, **asked):
         raise ValueError(reason)
+    if dropout_p > 0:
+        rules = rules._replace(seed=torch.randint(2**63 - 1, (2,), device=q.device))
     device_type = q.device.type
     # Autocast would change some operations of some backends: all of them compute in the dtype that they are given.
     with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
-        out, lse = _IMPLEMENTATIONS[backend](q, k, v, causal=causal, scale=scale, return_lse=return_lse)
+        out, lse = _IMPLEMENTATIONS[backend](q, k, v, rules=rules, sinks=sinks, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -73,11 +115,11 @@ def _check_shapes(q, k, v):
     wrong = None
     if not q.ndim == k.ndim == v.ndim == 4:
         wrong = "q, k and v are [batch, seq, heads, head_dim]"
-    elif k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        wrong = "q, k and v must agree in batch and head_dim, k and v in all dimensions"
+    elif k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        wrong = "q and k must agree in batch and head_dim, k and v in all dimensions but the last"
     elif k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         wrong = "the number of query heads must be a multiple of the number of key heads"
-    elif q.shape[3] == 0:
+    elif q.shape[3] == 0 or v.shape[3] == 0:
         wrong = "head_dim must be above 0"
     if wrong:
         raise ValueError(f"attention: {wrong}, got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
@@ -86,19 +128,98 @@ def _check_shapes(q, k, v):
         raise ValueError(f"attention: q, k and v must share dtype and device, got {got}")
 
 
-# Both imported on first use: a CPU installation of torch comes without triton.
-def _triton(q, k, v, *, causal, scale, return_lse):
+def _check_options(q, k, softcap, sinks, dropout_p, scale):
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"attention: scale must be above 0 and finite, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"attention: softcap must be above 0 and finite, got {softcap}; None has no cap")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p must be from 0 to below 1, got {dropout_p}")
+    if sinks is not None and not (sinks.shape == q.shape[2:3] and sinks.is_floating_point() and sinks.device == q.device):
+        raise ValueError(f"attention: sinks must be one floating-point number a query head, [{q.shape[2]}] on {q.device}, got {_of(sinks)}")
+
+
+def _bounds(causal, window) -> tuple[int | None, int | None]:
+    """How many keys a query sees before its own position, and behind it; None: all."""
+    if isinstance(window, int):
+        if window < 1:
+            raise ValueError(f"attention: a window of {window} keys sees nothing; it counts the query's own, so 1 is the least")
+        window = (window - 1, 0)
+    left, right = (None, None) if window is None else window
+    for number in (left, right):
+        if number is not None and number < 0:
+            raise ValueError(f"attention: window is (left, right), each 0 or more, or None without an end, got {window}")
+    return left, 0 if causal else right
+
+
+def _documents(q, k, document_ids, cu_seqlens) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """doc_start and doc_end of `Rules`."""
+    if document_ids is None and cu_seqlens is None:
+        return None, None
+    if document_ids is not None and cu_seqlens is not None:
+        raise ValueError("attention: document_ids and cu_seqlens say the same thing; give one of them")
+    batch, seq = q.shape[:2]
+    if seq != k.shape[1]:
+        raise ValueError(f"attention: documents need as many queries as keys, got {seq} and {k.shape[1]}")
+    if document_ids is not None:
+        if document_ids.shape != (batch, seq) or document_ids.dtype is not torch.int32 or document_ids.device != q.device:
+            raise ValueError(f"attention: document_ids must be int32 [{batch}, {seq}] on {q.device}, got {_of(document_ids)}")
+    elif batch != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype is not torch.int32 or cu_seqlens.device != q.device:
+        needed = f"int32 [documents + 1] on {q.device}, and batch 1 (or use document_ids)"
+        raise ValueError(f"attention: cu_seqlens must be {needed}, got {_of(cu_seqlens)} and batch {batch}")
+    elif cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere looking would wait for the GPU
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != seq or (cu_seqlens.diff() < 0).any():
+            raise ValueError(f"attention: cu_seqlens must rise from 0 to seq {seq}, got {cu_seqlens.tolist()}")
+    return document_bounds(document_ids, cu_seqlens, seq)
+
+
+def _slopes(q, slopes):
+    """[1 or batch, heads]."""
+    if slopes is None:
+        return None
+    batch, _, heads, _ = q.shape
+    if slopes.shape not in ((heads,), (batch, heads)) or slopes.dtype is not torch.float32 or slopes.device != q.device:
+        expected = f"float32 [{heads}] or [{batch}, {heads}] on {q.device}"
+        raise ValueError(f"attention: alibi_slopes must be {expected}, got {_of(slopes)}")
+    if slopes.requires_grad:
+        raise ValueError("attention: alibi_slopes get no gradient; detach() them")
+    return slopes.view(-1, heads)
+
+
+def _of(x: torch.Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"
+
+
+# Those below import on first use: a CPU installation of torch comes without triton, and flash-attn may not be there.
+def _triton(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.triton_forward import attention_forward
 
-    out, lse = attention_forward(q, k, v, causal, scale)
+    causal = rules.right == 0
+    window = rules.left, None if causal else rules.right
+    slopes = rules.alibi_slopes
+    slopes = slopes[0] if slopes is not None and len(slopes) == 1 else slopes
+    features = *window, rules.softcap, slopes, sinks, rules.doc_start, rules.doc_end, rules.dropout_p, rules.seed
+    out, lse = attention_forward(q, k, v, causal, rules.scale, *features)
     return out, lse if return_lse else None
 
 
-def _hopper(q, k, v, *, causal, scale, return_lse):
+def _hopper(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.hopper_forward import attention_forward
 
-    out, lse = attention_forward(q, k, v, causal, scale)
+    out, lse = attention_forward(q, k, v, rules.causal, rules.scale)
     return out, lse if return_lse else None
+
+
+def _flex(q, k, v, **options):
+    from kernels.attention.flex import flex
+
+    return flex(q, k, v, **options)
+
+
+def _flash_attn(q, k, v, **options):
+    from kernels.attention.flash_attn import flash_attn
+
+    return flash_attn(q, k, v, **options)
 
 
 _IMPLEMENTATIONS = {
@@ -108,6 +229,8 @@ _IMPLEMENTATIONS = {
     "sdpa_cudnn": partial(sdpa, kernel=SDPBackend.CUDNN_ATTENTION),
     "sdpa_flash": partial(sdpa, kernel=SDPBackend.FLASH_ATTENTION),
     "sdpa_efficient": partial(sdpa, kernel=SDPBackend.EFFICIENT_ATTENTION),
+    "flex": _flex,
+    "flash_attn": _flash_attn,
     "triton": _triton,
     "hopper": _hopper,
 }

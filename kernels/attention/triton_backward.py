@@ -1,15 +1,33 @@
 """FlashAttention-2 backward in portable Triton: `recipe::attention_backward`. `reference.tiled` is its specification.
 
 Three kernels, no atomics, so the same bits every time: the rows' log-sum-exp and delta; dK and dV, a program per key tile; dQ, a program
-per query tile. Names carry their shape: M queries of a tile, N keys of a tile, D head_dim. The key kernel computes S and dP transposed,
-[N, M], so that P and dS are left operands as they stand.
+per query tile. Names carry their shape, as in triton_tiles.py. The key kernel computes S and dP transposed, [N, M], so that P and dS are
+left operands as they stand.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_forward import LOG2_E, dense_rows, dot_precision, key_range, load_rows, store_rows, strides, visible
+from kernels.attention.triton_forward import FEATURES_SCHEMA, Features, dense_rows, dot_precision, kernel_arguments, strides, widths
+from kernels.attention.triton_tiles import (
+    LOG2_E,
+    UNSPECIALISED,
+    Columns,
+    Scoring,
+    bounded_columns,
+    head_dropout,
+    head_slope,
+    keep_mask,
+    kept_scale,
+    key_columns,
+    load_rows,
+    next_block,
+    query_tile,
+    score,
+    store_rows,
+    visible,
+)
 from kernels.attention.tuning import tile
 
 ROWS_PER_PROGRAM = 64  # of the first kernel, which is bound by memory alone
@@ -20,16 +38,16 @@ def row_kernel(
     dout, dlse, out, lse, lse_log2, delta,
     heads, seq_q, log2_e,
     dout_batch, dout_row, dout_head, out_batch, out_row, out_head,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """lse_log2 = L log2(e) and delta = rowsum(dO * O) - dL (0 where L is -inf), both [batch, heads, seq_q] float32; dlse may be None."""
     tiles = tl.cdiv(seq_q, BLOCK_M)
     first_query = tl.program_id(0) % tiles * BLOCK_M
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
-    dout_MD = load_rows(dout + batch * dout_batch + head * dout_head, dout_row, first_query, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    out_MD = load_rows(out + batch * out_batch + head * out_head, out_row, first_query, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D, True)
-    delta_M = tl.sum(dout_MD.to(tl.float32) * out_MD.to(tl.float32), 1)
+    dout_MV = load_rows(dout + batch * dout_batch + head * dout_head, dout_row, first_query, seq_q, VALUE_DIM, BLOCK_M, BLOCK_V, True)
+    out_MV = load_rows(out + batch * out_batch + head * out_head, out_row, first_query, seq_q, VALUE_DIM, BLOCK_M, BLOCK_V, True)
+    delta_M = tl.sum(dout_MV.to(tl.float32) * out_MV.to(tl.float32), 1)
 
     query_M = first_query + tl.arange(0, BLOCK_M)
     row_M = batch_head * seq_q + query_M
@@ -50,47 +68,87 @@ def _load_per_query(base, query_M, seq_q, CHECK: tl.constexpr):
 
 
 @triton.jit
-def _add_queries(
-    dk_ND, dv_ND, k_ND, v_ND, q_base, dout_base, lse_base, delta_base, q_stride, dout_stride,
-    first_key, start, stop, seq_q, seq_k, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+def _query_columns(
+    first_key, seq_q, seq_k, window_left, window_right, doc_start, doc_end, batch,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """What the queries start .. stop add to dK / scale and dV (FlashAttention-2, Algorithm 2, lines 8 to 16).
+    """The queries that see a tile of keys. Queries past the end add nothing, and so need no mask without bounds."""
+    if window_left is None and window_right is None and doc_start is None:
+        start = 0
+        full = 0
+        if CAUSAL:  # `full` may lie past seq_q, and then no query sees the whole tile
+            offset = seq_k - seq_q
+            start = tl.maximum(0, first_key - offset) // BLOCK_M * BLOCK_M
+            full = tl.cdiv(tl.maximum(0, first_key + BLOCK_N - 1 - offset), BLOCK_M) * BLOCK_M
+        return Columns(start, tl.minimum(full, seq_q), full, seq_q, start, full)
+    else:
+        right = 0 if CAUSAL else window_right
+        key_N = first_key + tl.arange(0, BLOCK_N)
+        return bounded_columns(key_N, seq_k, seq_q, right, window_left, doc_start, doc_end, batch, BLOCK_M)
+
+
+@triton.jit
+def _add_queries(
+    dk_ND, dv_NV, k_ND, v_NV, q_base, dout_base, lse_base, delta_base, q_stride, dout_stride,
+    columns, how, drop, first_key, seq_q, seq_k,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
+    CHECK_QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the masked or the full columns of queries add to dK / scale and dV (FlashAttention-2, Algorithm 2, lines 8 to 16).
 
     Queries past the end are loaded as zeros with delta 0, and so add nothing.
     """
-    for first_query in tl.range(start, stop, BLOCK_M):
-        first_query = tl.multiple_of(first_query, BLOCK_M)
+    for first_query in tl.range(
+        columns.start if MASKED else columns.full_start, columns.stop if MASKED else columns.full_stop, BLOCK_M
+    ):  # fmt: skip
+        first_query = tl.multiple_of(next_block(first_query, columns, MASKED, BOUNDED), BLOCK_M)
         query_M = first_query + tl.arange(0, BLOCK_M)
         q_MD = load_rows(q_base, q_stride, first_query, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D, CHECK_QUERIES)
         lse_M = _load_per_query(lse_base, query_M, seq_q, CHECK_QUERIES)
         s_NM = tl.dot(k_ND, q_MD.T, input_precision=PRECISION)
-        p_NM = tl.exp2(s_NM * scale_log2 - lse_M[None, :])
+        key_N1 = (first_key + tl.arange(0, BLOCK_N))[:, None]
+        s_NM, factor, cap_slope = score(s_NM, query_M[None, :], key_N1, seq_q, seq_k, how)
+        p_NM = tl.exp2(s_NM * factor - lse_M[None, :])
         if MASKED:
-            key_N1 = (first_key + tl.arange(0, BLOCK_N))[:, None]
-            p_NM = tl.where(visible(query_M[None, :], key_N1, seq_q, seq_k, CAUSAL), p_NM, 0.0)
-        dout_MD = load_rows(dout_base, dout_stride, first_query, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D, CHECK_QUERIES)
+            if BOUNDED:
+                seen_NM = (query_M[None, :] >= columns.low[:, None]) & (query_M[None, :] < columns.high[:, None])
+            else:
+                seen_NM = visible(query_M[None, :], key_N1, seq_q, seq_k, CAUSAL)
+            p_NM = tl.where(seen_NM, p_NM, 0.0)
+        dout_MV = load_rows(dout_base, dout_stride, first_query, seq_q, VALUE_DIM, BLOCK_M, BLOCK_V, CHECK_QUERIES)
         delta_M = _load_per_query(delta_base, query_M, seq_q, CHECK_QUERIES)
-        dp_NM = tl.dot(v_ND, dout_MD.T, input_precision=PRECISION)
-        dv_ND = tl.dot(p_NM.to(dout_MD.dtype), dout_MD, dv_ND, input_precision=PRECISION)
-        ds_NM = p_NM * (dp_NM - delta_M[None, :])
+        dp_NM = tl.dot(v_NV, dout_MV.T, input_precision=PRECISION)
+        kept_NM = p_NM
+        if drop is not None:
+            keep_NM = keep_mask(drop, first_query, first_key, BLOCK_M, BLOCK_N).T
+            kept_NM = tl.where(keep_NM, p_NM, 0.0)
+            dp_NM = tl.where(keep_NM, dp_NM * kept_scale(drop.threshold), 0.0)
+        dv_NV = tl.dot(kept_NM.to(dout_MV.dtype), dout_MV, dv_NV, input_precision=PRECISION)
+        ds_NM = p_NM * (dp_NM - delta_M[None, :]) * cap_slope
         dk_ND = tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND, input_precision=PRECISION)
-    return dk_ND, dv_ND
+    return dk_ND, dv_NV
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def dkdv_kernel(
-    q, k, v, dout, lse_log2, delta, dk, dv,
-    kv_heads, seq_q, seq_k, scale, scale_log2,
-    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dk_batch, dk_row, dk_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    # pointers; None for what is absent
+    q, k, v, dout, lse_log2, delta, dk, dv, alibi_slopes, doc_start, doc_end, dropout_seed,
+    # shapes and numbers; None for what is absent
+    kv_heads, seq_q, seq_k, scale, scale_log2, softcap_log2, window_left, window_right, dropout_threshold,
+    # strides, in elements
+    q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head,
+    dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
+    # constants
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_N keys of one key head, over all query heads that share it; dk and dv share their strides.
+    """One program computes BLOCK_N keys of one key head, over all query heads that share it.
 
     Causal: the first keys are seen by the most queries, so the longest programs come first as they stand.
     """
+    BOUNDED: tl.constexpr = window_left is not None or window_right is not None or doc_start is not None
     tiles = tl.cdiv(seq_k, BLOCK_N)
     first_key = tl.program_id(0) % tiles * BLOCK_N
     batch_head = tl.program_id(0) // tiles
@@ -98,150 +156,171 @@ def dkdv_kernel(
     kv_head = (batch_head % kv_heads).to(tl.int64)
 
     k_ND = load_rows(k + batch * k_batch + kv_head * k_head, k_row, first_key, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, not EVEN_N)
-    v_ND = load_rows(v + batch * v_batch + kv_head * v_head, v_row, first_key, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, not EVEN_N)
+    v_NV = load_rows(v + batch * v_batch + kv_head * v_head, v_row, first_key, seq_k, VALUE_DIM, BLOCK_N, BLOCK_V, not EVEN_N)
     dk_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv_ND = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_NV = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    columns = _query_columns(first_key, seq_q, seq_k, window_left, window_right, doc_start, doc_end, batch, BLOCK_M, BLOCK_N, CAUSAL)
 
-    # Queries before `begin` see no key of the tile, those from `full` on see all of them; `full` may lie past seq_q, and then none do.
-    begin = 0
-    full = 0
-    if CAUSAL:
-        offset = seq_k - seq_q
-        begin = tl.maximum(0, first_key - offset) // BLOCK_M * BLOCK_M
-        full = tl.cdiv(tl.maximum(0, first_key + BLOCK_N - 1 - offset), BLOCK_M) * BLOCK_M
     for member in range(GROUP):
         head = kv_head * GROUP + member
+        query_head = batch * kv_heads * GROUP + head
+        slope_log2 = None if alibi_slopes is None else head_slope(alibi_slopes, query_head)
+        how = Scoring(scale_log2, softcap_log2, slope_log2)
+        drop = None if dropout_seed is None else head_dropout(dropout_seed, dropout_threshold, query_head)
         q_base = q + batch * q_batch + head * q_head
         dout_base = dout + batch * dout_batch + head * dout_head
-        row = (batch * kv_heads * GROUP + head) * seq_q
-        if CAUSAL:
-            dk_ND, dv_ND = _add_queries(
-                dk_ND, dv_ND, k_ND, v_ND, q_base, dout_base, lse_log2 + row, delta + row, q_row, dout_row,
-                first_key, begin, tl.minimum(full, seq_q), seq_q, seq_k, scale_log2,
-                HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, not EVEN_M, PRECISION,
+        row = query_head * seq_q
+        if CAUSAL or BOUNDED:
+            dk_ND, dv_NV = _add_queries(
+                dk_ND, dv_NV, k_ND, v_NV, q_base, dout_base, lse_log2 + row, delta + row, q_row, dout_row,
+                columns, how, drop, first_key, seq_q, seq_k,
+                HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, BOUNDED, True, not EVEN_M, PRECISION,
             )  # fmt: skip
-        dk_ND, dv_ND = _add_queries(
-            dk_ND, dv_ND, k_ND, v_ND, q_base, dout_base, lse_log2 + row, delta + row, q_row, dout_row,
-            first_key, full, seq_q, seq_q, seq_k, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, not EVEN_M, PRECISION,
+        dk_ND, dv_NV = _add_queries(
+            dk_ND, dv_NV, k_ND, v_NV, q_base, dout_base, lse_log2 + row, delta + row, q_row, dout_row,
+            columns, how, drop, first_key, seq_q, seq_k,
+            HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, BOUNDED, False, not EVEN_M, PRECISION,
         )  # fmt: skip
 
+    if dropout_seed is not None:
+        dv_NV *= kept_scale(dropout_threshold)
     store_rows(dk + batch * dk_batch + kv_head * dk_head, dk_row, first_key, seq_k, dk_ND * scale, HEAD_DIM, BLOCK_N, BLOCK_D)
-    store_rows(dv + batch * dk_batch + kv_head * dk_head, dk_row, first_key, seq_k, dv_ND, HEAD_DIM, BLOCK_N, BLOCK_D)
+    store_rows(dv + batch * dv_batch + kv_head * dv_head, dv_row, first_key, seq_k, dv_NV, VALUE_DIM, BLOCK_N, BLOCK_V)
 
 
 @triton.jit
 def _add_keys(
-    dq_MD, q_MD, dout_MD, lse_M, delta_M, k_base, v_base, k_stride, v_stride, first_query, start, stop, seq_q, seq_k, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    dq_MD, q_MD, dout_MV, lse_M, delta_M, k_base, v_base, k_stride, v_stride, columns, how, drop, first_query, seq_q, seq_k,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
+    CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What the keys start .. stop add to dQ / scale."""
-    for first_key in tl.range(start, stop, BLOCK_N):
-        first_key = tl.multiple_of(first_key, BLOCK_N)
+    """What the masked or the full columns of keys add to dQ / scale."""
+    for first_key in tl.range(
+        columns.start if MASKED else columns.full_start, columns.stop if MASKED else columns.full_stop, BLOCK_N
+    ):  # fmt: skip
+        first_key = tl.multiple_of(next_block(first_key, columns, MASKED, BOUNDED), BLOCK_N)
         k_ND = load_rows(k_base, k_stride, first_key, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_KEYS)
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
-        p_MN = tl.exp2(s_MN * scale_log2 - lse_M[:, None])
+        query_M1 = (first_query + tl.arange(0, BLOCK_M))[:, None]
+        key_1N = (first_key + tl.arange(0, BLOCK_N))[None, :]
+        s_MN, factor, cap_slope = score(s_MN, query_M1, key_1N, seq_q, seq_k, how)
+        p_MN = tl.exp2(s_MN * factor - lse_M[:, None])
         if MASKED:
-            query_M1 = (first_query + tl.arange(0, BLOCK_M))[:, None]
-            key_1N = (first_key + tl.arange(0, BLOCK_N))[None, :]
-            p_MN = tl.where(visible(query_M1, key_1N, seq_q, seq_k, CAUSAL), p_MN, 0.0)
-        v_ND = load_rows(v_base, v_stride, first_key, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_KEYS)
-        dp_MN = tl.dot(dout_MD, v_ND.T, input_precision=PRECISION)
-        ds_MN = p_MN * (dp_MN - delta_M[:, None])
+            if BOUNDED:
+                seen_MN = (key_1N >= columns.low[:, None]) & (key_1N < columns.high[:, None])
+            else:
+                seen_MN = visible(query_M1, key_1N, seq_q, seq_k, CAUSAL)
+            p_MN = tl.where(seen_MN, p_MN, 0.0)
+        v_NV = load_rows(v_base, v_stride, first_key, seq_k, VALUE_DIM, BLOCK_N, BLOCK_V, CHECK_KEYS)
+        dp_MN = tl.dot(dout_MV, v_NV.T, input_precision=PRECISION)
+        if drop is not None:
+            dp_MN = tl.where(keep_mask(drop, first_query, first_key, BLOCK_M, BLOCK_N), dp_MN * kept_scale(drop.threshold), 0.0)
+        ds_MN = p_MN * (dp_MN - delta_M[:, None]) * cap_slope
         dq_MD = tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD, input_precision=PRECISION)
     return dq_MD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def dq_kernel(
-    q, k, v, dout, lse_log2, delta, dq,
-    heads, seq_q, seq_k, scale, scale_log2,
+    # pointers; None for what is absent
+    q, k, v, dout, lse_log2, delta, dq, alibi_slopes, doc_start, doc_end, dropout_seed,
+    # shapes and numbers; None for what is absent
+    heads, seq_q, seq_k, scale, scale_log2, softcap_log2, window_left, window_right, dropout_threshold,
+    # strides, in elements
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, dout_batch, dout_row, dout_head, dq_batch, dq_row, dq_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    # constants
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M queries of one head, in the forward's order."""
-    tiles = tl.cdiv(seq_q, BLOCK_M)
-    program = tl.program_id(0)
-    first_query = (tiles - 1 - program % tiles if CAUSAL else program % tiles) * BLOCK_M
-    batch_head = program // tiles
-    batch = (batch_head // heads).to(tl.int64)
-    head = (batch_head % heads).to(tl.int64)
-
+    BOUNDED: tl.constexpr = window_left is not None or window_right is not None or doc_start is not None
+    first_query, batch_head, batch, head = query_tile(heads, seq_q, BLOCK_M, CAUSAL)
+    columns = key_columns(first_query, seq_q, seq_k, window_left, window_right, doc_start, doc_end, batch, BLOCK_M, BLOCK_N, CAUSAL)
+    slope_log2 = None if alibi_slopes is None else head_slope(alibi_slopes, batch_head)
+    how = Scoring(scale_log2, softcap_log2, slope_log2)
+    drop = None if dropout_seed is None else head_dropout(dropout_seed, dropout_threshold, batch_head)
     q_MD = load_rows(q + batch * q_batch + head * q_head, q_row, first_query, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D, not EVEN_M)
-    dout_MD = load_rows(dout + batch * dout_batch + head * dout_head, dout_row, first_query, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D, not EVEN_M)
+    k_base = k + batch * k_batch + head // GROUP * k_head
+    v_base = v + batch * v_batch + head // GROUP * v_head
+    dout_base = dout + batch * dout_batch + head * dout_head
+    dout_MV = load_rows(dout_base, dout_row, first_query, seq_q, VALUE_DIM, BLOCK_M, BLOCK_V, not EVEN_M)
     query_M = first_query + tl.arange(0, BLOCK_M)
     row = batch_head.to(tl.int64) * seq_q
     lse_M = _load_per_query(lse_log2 + row, query_M, seq_q, not EVEN_M)
     delta_M = _load_per_query(delta + row, query_M, seq_q, not EVEN_M)
-    k_base = k + batch * k_batch + head // GROUP * k_head
-    v_base = v + batch * v_batch + head // GROUP * v_head
 
     dq_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    full, end = key_range(first_query, seq_q, seq_k, BLOCK_M, BLOCK_N, CAUSAL)
-    if CAUSAL or not EVEN_N:
+    if CAUSAL or BOUNDED or not EVEN_N:
         dq_MD = _add_keys(
-            dq_MD, q_MD, dout_MD, lse_M, delta_M, k_base, v_base, k_row, v_row, first_query, full, end, seq_q, seq_k, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, not EVEN_N, PRECISION,
+            dq_MD, q_MD, dout_MV, lse_M, delta_M, k_base, v_base, k_row, v_row, columns, how, drop, first_query, seq_q, seq_k,
+            HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, BOUNDED, True, not EVEN_N, PRECISION,
         )  # fmt: skip
     dq_MD = _add_keys(
-        dq_MD, q_MD, dout_MD, lse_M, delta_M, k_base, v_base, k_row, v_row, first_query, 0, full, seq_q, seq_k, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, False, PRECISION,
+        dq_MD, q_MD, dout_MV, lse_M, delta_M, k_base, v_base, k_row, v_row, columns, how, drop, first_query, seq_q, seq_k,
+        HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, BOUNDED, False, False, PRECISION,
     )  # fmt: skip
     store_rows(dq + batch * dq_batch + head * dq_head, dq_row, first_query, seq_q, dq_MD * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
-@torch.library.custom_op("recipe::attention_backward", mutates_args=())
-def attention_backward(
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), shaped as q, k and v, from the gradients of `attention_forward`'s two outputs and all it saved."""
+def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, features: Features, dq, dk, dv) -> torch.Tensor:
+    """Writes dq, dk and dv, whose last dimensions are dense; returns the sinks' gradient, float32 [heads], empty without sinks."""
     q, k, v, dout, out = (dense_rows(x) for x in (q, k, v, dout, out))
     batch, seq_q, heads, head_dim = q.shape
-    seq_k, kv_heads = k.shape[1:3]
-    dq, dk, dv = _gradients(dout, dlse, q, k, v, out, lse, causal, scale)
+    seq_k, kv_heads, value_dim = v.shape[1:]
+    lse = lse.contiguous()
     lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    block_d = triton.next_power_of_2(head_dim)
-    constants = (heads // kv_heads, head_dim, block_d)
-    precision = dot_precision(q.dtype)
+    pointers, numbers, causal = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
+    width = widths(head_dim, value_dim)
+    group, precision, widest = heads // kv_heads, dot_precision(q.dtype), max(head_dim, value_dim)
 
     with torch.cuda.device_of(q):
         row_kernel[(triton.cdiv(seq_q, ROWS_PER_PROGRAM) * batch * heads,)](
-            dout, None if dlse is None else dlse.contiguous(), out, lse.contiguous(), lse_log2, delta,
+            dout, None if dlse is None else dlse.contiguous(), out, lse, lse_log2, delta,
             heads, seq_q, LOG2_E,
             *strides(dout), *strides(out),
-            head_dim, block_d, ROWS_PER_PROGRAM,
+            *width[2:], ROWS_PER_PROGRAM,
         )  # fmt: skip
 
-        block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, head_dim)
+        block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest)
         dkdv_kernel[(triton.cdiv(seq_k, block_n) * batch * kv_heads,)](
-            q, k, v, dout, lse_log2, delta, dk, dv,
-            kv_heads, seq_q, seq_k, scale, scale * LOG2_E,
-            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk),
-            *constants, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
+            q, k, v, dout, lse_log2, delta, dk, dv, *pointers,
+            kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
+            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
+            group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-        block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, head_dim)
+        block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest)
         dq_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
-            q, k, v, dout, lse_log2, delta, dq,
-            heads, seq_q, seq_k, scale, scale * LOG2_E,
+            q, k, v, dout, lse_log2, delta, dq, *pointers,
+            heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
             *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
-            *constants, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
+            group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
-    return dq, dk, dv
+    if features.sinks is None:
+        return lse.new_empty(0)
+    # dS = P * (dP - delta), as for any key, with dP = 0: the sink has no value. Where L is -inf, so is the sink.
+    p = torch.exp(features.sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+    return -(p * delta).sum(dim=(0, 2))
+
+
+@torch.library.custom_op(
+    "recipe::attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale, "
+    f"{FEATURES_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def attention_backward(dout, dlse, q, k, v, out, lse, causal, scale, *features):
+    """(dq, dk, dv), shaped as q, k and v, and dsinks, float32 [heads] (empty without sinks), from the gradients of `attention_forward`'s
+    two outputs and all it saved."""
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, launch_backward(dout, dlse, q, k, v, out, lse, causal, scale, Features(*features), dq, dk, dv)
 
 
 @attention_backward.register_fake
-def _gradients(dout, dlse, q, k, v, out, lse, causal, scale):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _gradients(dout, dlse, q, k, v, out, lse, causal, scale, *features):
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, lse.new_empty(0 if Features(*features).sinks is None else q.shape[2])

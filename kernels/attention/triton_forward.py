@@ -1,143 +1,151 @@
 """FlashAttention-2 forward in portable Triton (Ampere and newer): `recipe::attention_forward`. `reference.tiled` is its specification.
 
-Names carry their shape: M queries of a tile, N keys of a tile, D head_dim; q_MD is [M, D], s_MN a tile of scores.
-Scores are kept in base 2, s * log2(e), because the hardware's exponential is exp2; the scale and log2(e) are one factor.
+Names carry their shape, as in triton_tiles.py.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.backends import INTERPRETED
+from kernels.attention import dropout
+from kernels.attention.triton_tiles import (
+    INTO_BASE_2,
+    LOG2_E,
+    UNSPECIALISED,
+    Scoring,
+    head_dropout,
+    head_slope,
+    keep_mask,
+    kept_scale,
+    key_columns,
+    load_rows,
+    next_block,
+    query_tile,
+    score,
+    store_rows,
+    visible,
+)
 from kernels.attention.tuning import tile
 
-if INTERPRETED:
-    import kernels.attention.interpreter  # noqa: F401
-
-LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
 
 
-@triton.jit
-def load_rows(
-    base, row_stride, first_row, rows, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, CHECK_ROWS: tl.constexpr
-):  # fmt: skip
-    """Rows first_row .. first_row + ROWS of a [rows, HEAD_DIM] matrix, zeros outside it; 64-bit offset to the tile, 32-bit inside it."""
-    row = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + first_row.to(tl.int64) * row_stride + row[:, None] * row_stride + d[None, :]
-    if CHECK_ROWS and BLOCK_D > HEAD_DIM:
-        return tl.load(pointers, mask=(first_row + row < rows)[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    if CHECK_ROWS:
-        return tl.load(pointers, mask=(first_row + row < rows)[:, None], other=0.0)
-    if BLOCK_D > HEAD_DIM:
-        return tl.load(pointers, mask=(d < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(pointers)
+class Features(NamedTuple):
+    """What an attention operator takes beyond plain attention, in this order. An absent feature is None, and costs nothing.
+
+    The query at position i stands at key position p = i + seq_k - seq_q. A score is cap(scale q.k) - slope * |p - j|.
+    """
+
+    window_left: int | None = None  # the query sees no key before p - window_left
+    window_right: int | None = None  # and none after p + window_right; causal is the same as 0
+    softcap: float | None = None  # cap(x) = softcap * tanh(x / softcap)
+    alibi_slopes: torch.Tensor | None = None  # float32 [heads] or [batch, heads]
+    sinks: torch.Tensor | None = None  # [heads]: a logit that joins the softmax's sum and has no value; has a gradient
+    doc_start: torch.Tensor | None = None  # int32 [batch, seq]: the first position of the document that a position belongs to,
+    doc_end: torch.Tensor | None = None  # and one past its last; with seq_q == seq_k only
+    dropout_p: float = 0.0
+    dropout_seed: torch.Tensor | None = None  # int64 [2], see dropout.keep_mask
 
 
-@triton.jit
-def store_rows(base, row_stride, first_row, rows, x, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)
-    pointers = base + first_row.to(tl.int64) * row_stride + row[:, None] * row_stride + d[None, :]
-    tl.store(pointers, x.to(base.dtype.element_ty), mask=(first_row + row < rows)[:, None] & (d < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def visible(query, key, seq_q, seq_k, CAUSAL: tl.constexpr):
-    """Whether the query may see the key; both broadcastable index tensors. Keys past the end are hidden."""
-    if CAUSAL:
-        # A query before the end sees no key past it. One past the end is not stored, or, summed over in dkdv, has dO = 0 and delta 0.
-        return key <= query + (seq_k - seq_q)
-    return (key < seq_k) & (query >= 0)  # query >= 0 is always so: it broadcasts the mask to the tile
-
-
-@triton.jit
-def key_range(first_query, seq_q, seq_k, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(full, end): every query of the tile sees all keys before `full`, a multiple of BLOCK_N, and none sees a key from `end` on."""
-    full = seq_k
-    end = seq_k
-    if CAUSAL:
-        offset = seq_k - seq_q
-        full = tl.minimum(seq_k, tl.maximum(0, first_query + 1 + offset))
-        end = tl.minimum(seq_k, tl.maximum(0, first_query + BLOCK_M + offset))
-    return full // BLOCK_N * BLOCK_N, end
+TENSOR_FEATURES = ("alibi_slopes", "sinks", "doc_start", "doc_end", "dropout_seed")
+FEATURES_SCHEMA = (
+    "SymInt? window_left=None, SymInt? window_right=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
+    "Tensor? doc_start=None, Tensor? doc_end=None, float dropout_p=0.0, Tensor? dropout_seed=None"
+)
 
 
 @triton.jit
 def _attend(
-    acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, first_query, start, stop, seq_q, seq_k, scale_log2,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    acc_MV, max_M, sum_M, q_MD, k_base, v_base, k_stride, v_stride, columns, how, drop, first_query, seq_q, seq_k,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
+    CHECK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over the keys start .. stop (FlashAttention-2, Algorithm 1, lines 6 to 11)."""
-    for first_key in tl.range(start, stop, BLOCK_N):
-        first_key = tl.multiple_of(first_key, BLOCK_N)
+    """The online softmax over the masked or the full columns (FlashAttention-2, Algorithm 1, lines 6 to 11)."""
+    for first_key in tl.range(
+        columns.start if MASKED else columns.full_start, columns.stop if MASKED else columns.full_stop, BLOCK_N
+    ):  # fmt: skip
+        first_key = tl.multiple_of(next_block(first_key, columns, MASKED, BOUNDED), BLOCK_N)
         k_ND = load_rows(k_base, k_stride, first_key, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_KEYS)
         s_MN = tl.dot(q_MD, k_ND.T, input_precision=PRECISION)
+        query_M1 = (first_query + tl.arange(0, BLOCK_M))[:, None]
+        key_1N = (first_key + tl.arange(0, BLOCK_N))[None, :]
+        s_MN, factor, _ = score(s_MN, query_M1, key_1N, seq_q, seq_k, how)
         if MASKED:
-            query_M1 = (first_query + tl.arange(0, BLOCK_M))[:, None]
-            key_1N = (first_key + tl.arange(0, BLOCK_N))[None, :]
-            s_MN = tl.where(visible(query_M1, key_1N, seq_q, seq_k, CAUSAL), s_MN, -float("inf"))
-        new_max_M = tl.maximum(max_M, tl.max(s_MN, 1) * scale_log2)
+            if BOUNDED:
+                seen_MN = (key_1N >= columns.low[:, None]) & (key_1N < columns.high[:, None])
+            else:
+                seen_MN = visible(query_M1, key_1N, seq_q, seq_k, CAUSAL)
+            s_MN = tl.where(seen_MN, s_MN, -float("inf"))
+        new_max_M = tl.maximum(max_M, tl.max(s_MN, 1) * factor)
         if MASKED:
             # A row that has seen nothing: exp2(-inf - 0) = 0, where exp2(-inf + inf) is NaN.
             shift_M = tl.where(new_max_M == -float("inf"), 0.0, new_max_M)
         else:
             shift_M = new_max_M
-        p_MN = tl.exp2(s_MN * scale_log2 - shift_M[:, None])
+        p_MN = tl.exp2(s_MN * factor - shift_M[:, None])
         rescale_M = tl.exp2(max_M - shift_M)
         sum_M = sum_M * rescale_M + tl.sum(p_MN, 1)
-        acc_MD = acc_MD * rescale_M[:, None]
-        v_ND = load_rows(v_base, v_stride, first_key, seq_k, HEAD_DIM, BLOCK_N, BLOCK_D, CHECK_KEYS)
-        acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision=PRECISION)
+        acc_MV = acc_MV * rescale_M[:, None]
+        if drop is not None:
+            p_MN = tl.where(keep_mask(drop, first_query, first_key, BLOCK_M, BLOCK_N), p_MN, 0.0)
+        v_NV = load_rows(v_base, v_stride, first_key, seq_k, VALUE_DIM, BLOCK_N, BLOCK_V, CHECK_KEYS)
+        acc_MV = tl.dot(p_MN.to(v_NV.dtype), v_NV, acc_MV, input_precision=PRECISION)
         max_M = new_max_M
-    return acc_MD, max_M, sum_M
+    return acc_MV, max_M, sum_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
-    q, k, v, out, lse,
-    heads, seq_q, seq_k, scale_log2,
+    # pointers; None for what is absent
+    q, k, v, out, lse, sinks, alibi_slopes, doc_start, doc_end, dropout_seed,
+    # shapes and numbers; None for what is absent
+    heads, seq_q, seq_k, scale_log2, softcap_log2, window_left, window_right, dropout_threshold,
+    # strides, in elements
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, out_batch, out_row, out_head,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    # constants
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M queries of one head; *_batch, *_row, *_head are strides in elements."""
-    tiles = tl.cdiv(seq_q, BLOCK_M)
-    program = tl.program_id(0)
-    # Causal: the last queries see the most keys; starting them first leaves short programs for the end.
-    first_query = (tiles - 1 - program % tiles if CAUSAL else program % tiles) * BLOCK_M
-    batch_head = program // tiles
-    batch = (batch_head // heads).to(tl.int64)
-    head = (batch_head % heads).to(tl.int64)
-
+    """One program computes BLOCK_M queries of one head."""
+    BOUNDED: tl.constexpr = window_left is not None or window_right is not None or doc_start is not None
+    first_query, batch_head, batch, head = query_tile(heads, seq_q, BLOCK_M, CAUSAL)
+    columns = key_columns(first_query, seq_q, seq_k, window_left, window_right, doc_start, doc_end, batch, BLOCK_M, BLOCK_N, CAUSAL)
+    slope_log2 = None if alibi_slopes is None else head_slope(alibi_slopes, batch_head)
+    how = Scoring(scale_log2, softcap_log2, slope_log2)
+    drop = None if dropout_seed is None else head_dropout(dropout_seed, dropout_threshold, batch_head)
     q_MD = load_rows(q + batch * q_batch + head * q_head, q_row, first_query, seq_q, HEAD_DIM, BLOCK_M, BLOCK_D, not EVEN_M)
     k_base = k + batch * k_batch + head // GROUP * k_head
     v_base = v + batch * v_batch + head // GROUP * v_head
 
-    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc_MV = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     max_M = tl.full([BLOCK_M], -float("inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    full, end = key_range(first_query, seq_q, seq_k, BLOCK_M, BLOCK_N, CAUSAL)
+    if sinks is not None:  # as if each row had already seen one key, of this score and with the value 0
+        max_M = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks + head).to(tl.float32) * INTO_BASE_2
+        sum_M = tl.full([BLOCK_M], 1.0, tl.float32)
     # Masked tiles first: after the loop of full tiles, ptxas would wait for every single product of both loops (C7515).
-    if CAUSAL or not EVEN_N:
-        acc_MD, max_M, sum_M = _attend(
-            acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, first_query, full, end, seq_q, seq_k, scale_log2,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, True, not EVEN_N, PRECISION,
+    if CAUSAL or BOUNDED or not EVEN_N:
+        acc_MV, max_M, sum_M = _attend(
+            acc_MV, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, columns, how, drop, first_query, seq_q, seq_k,
+            HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, BOUNDED, True, not EVEN_N, PRECISION,
         )  # fmt: skip
-    acc_MD, max_M, sum_M = _attend(
-        acc_MD, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, first_query, 0, full, seq_q, seq_k, scale_log2,
-        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, CAUSAL, False, False, PRECISION,
+    acc_MV, max_M, sum_M = _attend(
+        acc_MV, max_M, sum_M, q_MD, k_base, v_base, k_row, v_row, columns, how, drop, first_query, seq_q, seq_k,
+        HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, BLOCK_M, BLOCK_N, CAUSAL, BOUNDED, False, False, PRECISION,
     )  # fmt: skip
 
     query_M = first_query + tl.arange(0, BLOCK_M)
     sum_M = tl.where(sum_M == 0, 1.0, sum_M)  # rows that saw nothing: output 0, log-sum-exp -inf + log(1)
     tl.store(lse + batch_head.to(tl.int64) * seq_q + query_M, (max_M + tl.log2(sum_M)) * LN_2, mask=query_M < seq_q)
-    acc_MD = acc_MD / sum_M[:, None]
-    store_rows(out + batch * out_batch + head * out_head, out_row, first_query, seq_q, acc_MD, HEAD_DIM, BLOCK_M, BLOCK_D)
+    acc_MV = acc_MV / sum_M[:, None]
+    if drop is not None:
+        acc_MV *= kept_scale(dropout_threshold)
+    store_rows(out + batch * out_batch + head * out_head, out_row, first_query, seq_q, acc_MV, VALUE_DIM, BLOCK_M, BLOCK_V)
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
@@ -154,45 +162,102 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is not torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@torch.library.custom_op("recipe::attention_forward", mutates_args=())
-def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes."""
+def widths(head_dim: int, value_dim: int) -> tuple[int, int, int, int]:
+    """HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V."""
+    return head_dim, triton.next_power_of_2(head_dim), value_dim, triton.next_power_of_2(value_dim)
+
+
+class Arguments(NamedTuple):
+    """The features as the kernels take them."""
+
+    pointers: tuple  # alibi_slopes, doc_start, doc_end, dropout_seed
+    numbers: tuple  # softcap_log2, window_left, window_right, dropout_threshold
+    causal: bool
+
+
+def kernel_arguments(features: Features, causal: bool, batch: int, heads: int, seq_q: int, seq_k: int) -> Arguments:
+    left, right, softcap, slopes, _, doc_start, doc_end, dropout_p, seed = features
+    causal = causal or right == 0
+    # A window that hides nothing is no window: the plain kernel serves it.
+    left = None if left is None or left >= seq_k - 1 else left
+    right = None if causal or right is None or right >= seq_q - 1 else right
+    if slopes is not None:
+        slopes = slopes.float().expand(batch, heads).contiguous()
+    if doc_start is not None:
+        doc_start, doc_end = doc_start.contiguous(), doc_end.contiguous()
+    has_dropout = dropout_p > 0
+    pointers = slopes, doc_start, doc_end, seed.contiguous() if has_dropout else None
+    softcap_log2 = None if softcap is None else softcap * LOG2_E
+    return Arguments(pointers, (softcap_log2, left, right, dropout.threshold(dropout_p) if has_dropout else None), causal)
+
+
+def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     batch, seq_q, heads, head_dim = q.shape
-    seq_k, kv_heads = k.shape[1:3]
-    out, lse = outputs(q, k, v, causal, scale)
-    block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, head_dim)
+    seq_k, kv_heads, value_dim = v.shape[1:]
+    out, lse = outputs(q, k, v)
+    pointers, numbers, causal = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
+    block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, max(head_dim, value_dim))
     with torch.cuda.device_of(q):
         forward_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
-            q, k, v, out, lse,
-            heads, seq_q, seq_k, scale * LOG2_E,
+            q, k, v, out, lse, features.sinks, *pointers,
+            heads, seq_q, seq_k, scale * LOG2_E, *numbers,
             *strides(q), *strides(k), *strides(v), *strides(out),
-            heads // kv_heads, head_dim, triton.next_power_of_2(head_dim), block_m, block_n,
+            heads // kv_heads, *widths(head_dim, value_dim), block_m, block_n,
             causal, seq_q % block_m == 0, seq_k % block_n == 0, dot_precision(q.dtype),
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     return out, lse
 
 
+@torch.library.custom_op(
+    "recipe::attention_forward",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)",
+)
+def attention_forward(q, k, v, causal, scale, *features):
+    """(out [batch, seq_q, heads, value_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
+
+    After scale come the fields of `Features`, by position or name.
+    """
+    return launch_forward(q, k, v, causal, scale, Features(*features))
+
+
 @attention_forward.register_fake
-def outputs(q, k, v, causal, scale):
+def outputs(q, k, v, *_):
     batch, seq_q, heads, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
+
+
+def keep_for_backward(ctx, tensors, causal: bool, scale: float, features: Features) -> None:
+    ctx.causal, ctx.scale, ctx.features = causal, scale, features._replace(**dict.fromkeys(TENSOR_FEATURES))
+    ctx.save_for_backward(*tensors, *(getattr(features, name) for name in TENSOR_FEATURES))
+    ctx.set_materialize_grads(False)
+
+
+def kept_for_backward(ctx) -> tuple[tuple[torch.Tensor, ...], Features]:
+    tensors, features = ctx.saved_tensors[: -len(TENSOR_FEATURES)], ctx.saved_tensors[-len(TENSOR_FEATURES) :]
+    return tensors, ctx.features._replace(**dict(zip(TENSOR_FEATURES, features)))
+
+
+def feature_gradients(features: Features, dsinks: torch.Tensor) -> tuple:
+    dsinks = None if features.sinks is None else dsinks.to(features.sinks.dtype)
+    return tuple(Features(dropout_p=None, sinks=dsinks))
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, ctx.causal, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.set_materialize_grads(False)
+    q, k, v, causal, scale, *features = inputs
+    keep_for_backward(ctx, (q, k, v, *output), causal, scale, Features(*features))
 
 
 def differentiate(ctx, dout, dlse):
     # Imported here because the backward's kernels use this file's helpers.
     from kernels.attention.triton_backward import attention_backward
 
-    q, k, v, out, lse = ctx.saved_tensors
+    (q, k, v, out, lse), features = kept_for_backward(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
-    return *attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale), None, None
+    dq, dk, dv, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, *features)
+    return (dq, dk, dv, None, None, *feature_gradients(features, dsinks))[: len(ctx.needs_input_grad)]
 
 
 attention_forward.register_autograd(differentiate, setup_context=save_for_backward)

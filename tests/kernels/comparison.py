@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kernels.attention import attention
+from kernels.attention import alibi_slopes, attention
 from kernels.attention.reference import _tiled_backward
 
 
@@ -28,6 +28,15 @@ class Case:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     scale: float | None = None
+    value_head_dim: int | None = None  # None: head_dim
+    window: int | tuple[int | None, int | None] | None = None
+    documents: tuple[int, ...] = ()  # lengths, turned round by one more in each row of the batch
+    as_cu_seqlens: bool = False
+    alibi: bool = False
+    softcap: float | None = None
+    sinks: bool = False
+    dropout_p: float = 0.0
+    deterministic: bool = False
 
     def tensors(self, seed: int) -> tuple[torch.Tensor, ...]:
         """q, k, v, and the gradients of the output and of the log-sum-exp."""
@@ -36,18 +45,44 @@ class Case:
         def normal(*shape, dtype=self.dtype):
             return torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32).to(dtype)
 
+        value_head_dim = self.value_head_dim or self.head_dim
         q = normal(self.batch, self.seq_q, self.heads, self.head_dim)
-        k, v = (normal(self.batch, self.seq_k, self.kv_heads, self.head_dim) for _ in "kv")
-        return q, k, v, normal(*q.shape), normal(self.batch, self.heads, self.seq_q, dtype=torch.float32)
+        k, v = (normal(self.batch, self.seq_k, self.kv_heads, d) for d in (self.head_dim, value_head_dim))
+        dout = normal(self.batch, self.seq_q, self.heads, value_head_dim)
+        return q, k, v, dout, normal(self.batch, self.heads, self.seq_q, dtype=torch.float32)
+
+    def features(self, dtype: torch.dtype | None = None) -> dict:
+        """All arguments of `attention` but q, k, v, backend and return_lse; sinks in `dtype`, a leaf of the graph."""
+        options = dict(causal=self.causal, scale=self.scale, window=self.window, softcap=self.softcap, dropout_p=self.dropout_p)
+        options["deterministic"] = self.deterministic
+        if self.documents and self.as_cu_seqlens:
+            ends = torch.tensor((0, *self.documents)).cumsum(0)
+            options["cu_seqlens"] = ends.to(self.device, torch.int32)
+        elif self.documents:
+            turned = [torch.tensor(self.documents).roll(row) for row in range(self.batch)]
+            rows = [torch.arange(len(self.documents)).repeat_interleave(lengths) for lengths in turned]
+            options["document_ids"] = torch.stack(rows).to(self.device, torch.int32)
+        if self.alibi:
+            options["alibi_slopes"] = alibi_slopes(self.heads, self.device)
+        if self.sinks:
+            options["sinks"] = torch.linspace(-1, 2, self.heads, device=self.device, dtype=dtype or torch.float32).requires_grad_()
+        return options
+
+
+DROPOUT_SEED = 20  # of torch's generator before each call, so that all backends draw the same mask
 
 
 def run(backend: str, case: Case, q, k, v, dout, dlse=None) -> dict[str, torch.Tensor]:
     """Output and gradients; with dlse also the log-sum-exp, whose gradient then flows too."""
-    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-    out = attention(q, k, v, causal=case.causal, scale=case.scale, backend=backend, return_lse=dlse is not None)
+    inputs = {name: x.detach().requires_grad_() for name, x in zip("qkv", (q, k, v))}
+    options = case.features(torch.float64 if q.dtype is torch.float64 else None)
+    torch.manual_seed(DROPOUT_SEED)
+    out = attention(**inputs, **options, backend=backend, return_lse=dlse is not None)
+    if case.sinks:
+        inputs["sinks"] = options["sinks"]
     out, lse = out if dlse is not None else (out, None)
     outputs, gradients = ((out,), (dout,)) if lse is None else ((out, lse), (dout, dlse))
-    results = dict(zip(("out", "dq", "dk", "dv"), (out, *torch.autograd.grad(outputs, (q, k, v), gradients))))
+    results = {"out": out, **{f"d{name}": x for name, x in zip(inputs, torch.autograd.grad(outputs, inputs.values(), gradients))}}
     return results if lse is None else results | {"lse": lse}
 
 
@@ -56,11 +91,14 @@ def with_rounded_output(case: Case, exact: dict[str, torch.Tensor], q, k, v, dou
     then as inexact as O, which plain PyTorch's gradients are not."""
     dtype = q.dtype
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
-    scale = case.scale or case.head_dim**-0.5
-    lse = attention(q, k, v, causal=case.causal, scale=scale, backend="eager", return_lse=True)[1]
+    torch.manual_seed(DROPOUT_SEED)
+    _, lse = attention(q.requires_grad_(), k, v, **case.features(torch.float64), backend="tiled", return_lse=True)
+    node = lse.grad_fn  # of `tiled`, which keeps what its backward takes
     dlse = torch.zeros_like(lse) if dlse is None else dlse.double()
-    gradients = _tiled_backward(q, k, v, exact["out"].detach().to(dtype).double(), lse, dout, dlse, case.causal, scale)
-    return {name: x.to(dtype) for name, x in zip(("dq", "dk", "dv"), gradients)}
+    with torch.no_grad():
+        *inputs, _, lse = node.saved_tensors
+        *gradients, dsinks = _tiled_backward(*inputs, exact["out"].to(dtype).double(), lse, dout, dlse, node.rules)
+    return {name: x.to(dtype) for name, x in zip(("dq", "dk", "dv"), gradients)} | ({} if dsinks is None else {"dsinks": dsinks})
 
 
 def check(backend: str, case: Case, *, with_lse: bool = False, tensors=None, times: float = 2) -> None:

@@ -1,9 +1,9 @@
 """Compiles the attention kernels for GPUs that need not be present, as `attention` would launch them, and prints one JSON line for each.
 
-    python tests/kernels/compile_kernels.py sm_90,bfloat16,64,causal,even ...
+    python tests/kernels/compile_kernels.py sm_90,bfloat16,64,causal,even sm_80,float16,128,causal,odd,window,softcap ...
 
 A program of its own: it needs Triton without TRITON_INTERPRET. A case is architecture, dtype (float32 computes exact products, tfloat32
-the same tensors with TF32 products), head_dim, causal or full, and lengths that are even (multiples of the tile) or odd.
+the same tensors with TF32 products), head_dim, causal or full, lengths that are even (multiples of the tile) or odd, and any features.
 """
 
 import json
@@ -25,8 +25,19 @@ from kernels.attention.triton_forward import forward_kernel
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-FLOAT32_POINTERS = ("lse", "lse_log2", "delta", "dlse")
-FLOATS = ("scale", "scale_log2", "log2_e")
+TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")
+POINTERS = {"lse": "fp32", "lse_log2": "fp32", "delta": "fp32", "dlse": "fp32", "alibi_slopes": "fp32"}
+POINTERS |= {"doc_start": "i32", "doc_end": "i32", "dropout_seed": "i64"}
+FLOATS = ("scale", "scale_log2", "softcap_log2", "log2_e")
+FEATURES = {
+    "window": ["window_left"],
+    "documents": ["doc_start", "doc_end"],
+    "softcap": ["softcap_log2"],
+    "alibi": ["alibi_slopes"],
+    "sinks": ["sinks"],
+    "dropout": ["dropout_seed", "dropout_threshold"],
+}
+OPTIONAL = {"window_right", *(name for names in FEATURES.values() for name in names)}
 
 
 def compile_kernel(kernel, arch: str, dtype: torch.dtype, constants: dict, warps: int, stages: int):
@@ -36,21 +47,23 @@ def compile_kernel(kernel, arch: str, dtype: torch.dtype, constants: dict, warps
         if name in constants:
             signature[name] = "constexpr"
             continue
-        pointer = name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv", *FLOAT32_POINTERS)
-        element = "fp32" if name in (*FLOAT32_POINTERS, *FLOATS) else TYPES[dtype] if pointer else "i32"
+        pointer = name in TENSORS or name in POINTERS
+        element = POINTERS.get(name, TYPES[dtype]) if pointer else "fp32" if name in FLOATS else "i32"
         signature[name] = f"*{element}" if pointer else element
         if pointer or name.endswith(("_batch", "_row", "_head")) or (name.startswith("seq") and constants.get("EVEN_M")):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
+    source = ASTSource(kernel, signature, {name: value for name, value in constants.items() if name in signature}, attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
 
 
-def compile_all(arch: str, dtype: torch.dtype, precision: str, head_dim: int, causal: bool, even: bool):
+def compile_all(arch: str, dtype: torch.dtype, precision: str, head_dim: int, causal: bool, even: bool, features=(), tiles=None):
     """Yields (pass, tile, compiled kernel) for the three kernels that have tiles."""
-    common = dict(HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim))
+    block_d = triton.next_power_of_2(head_dim)
+    common = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, VALUE_DIM=head_dim, BLOCK_V=block_d)
+    common |= dict.fromkeys(OPTIONAL - {name for feature in features for name in FEATURES[feature]})
     for which, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel)):
-        tile = tuning.tile_for(arch, which, dtype, head_dim)
+        tile = (tiles or {}).get(which) or tuning.tile_for(arch, which, dtype, head_dim)
         constants = common | dict(BLOCK_M=tile.queries, BLOCK_N=tile.keys, GROUP=1, CAUSAL=causal, PRECISION=precision)
         constants |= dict(EVEN_M=even, EVEN_N=even)
         yield which, tile, compile_kernel(kernel, arch, dtype, constants, tile.warps, tile.stages)
@@ -58,7 +71,7 @@ def compile_all(arch: str, dtype: torch.dtype, precision: str, head_dim: int, ca
 
 @cache
 def compile_rows(arch: str, block_d: int):
-    constants = dict(HEAD_DIM=block_d, BLOCK_D=block_d, BLOCK_M=ROWS_PER_PROGRAM, dlse=None)
+    constants = dict(VALUE_DIM=block_d, BLOCK_V=block_d, BLOCK_M=ROWS_PER_PROGRAM, dlse=None)
     return compile_kernel(row_kernel, arch, torch.bfloat16, constants, 4, 3)
 
 
@@ -78,10 +91,10 @@ def resources(compiled) -> dict[str, int]:
 
 if __name__ == "__main__":
     for case in sys.argv[1:]:
-        arch, dtype, head_dim, causal, even = case.split(",")
+        arch, dtype, head_dim, causal, even, *features = case.split(",")
         precision = "ieee" if dtype == "float32" else "tf32"
         dtype = getattr(torch, dtype.replace("tfloat", "float"))
         rows = compile_rows(arch, triton.next_power_of_2(int(head_dim)))  # neither dtype nor lengths change much in it
         print(json.dumps(dict(case=case, which="rows", tile=None, **resources(rows))), flush=True)
-        for which, tile, compiled in compile_all(arch, dtype, precision, int(head_dim), causal == "causal", even == "even"):
+        for which, tile, compiled in compile_all(arch, dtype, precision, int(head_dim), causal == "causal", even == "even", features):
             print(json.dumps(dict(case=case, which=which, tile=tile, **resources(compiled))), flush=True)

@@ -3,13 +3,16 @@
 float16 and float32 only: the interpreter's bfloat16 products are wrong. Its tile is 32 queries by 16 keys, unless a test says so.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from comparison import Case, check, check_dynamic_shapes, check_scores_far_from_zero, fresh_seed
+from comparison import Case, check, check_dynamic_shapes, check_scores_far_from_zero, fresh_seed, run
 
-from kernels.attention import attention, choose, unsupported
+from kernels.attention import attention, choose, dropout, unsupported
 from kernels.attention.triton_backward import attention_backward
 from kernels.attention.triton_forward import attention_forward
+from kernels.attention.triton_packed import attention_packed, attention_packed_backward, attention_packed_forward
 from kernels.attention.tuning import Tile
 
 
@@ -36,6 +39,135 @@ def test_head_dims(head_dim, dtype):
 @pytest.mark.parametrize("heads, kv_heads", [(2, 2), (6, 2), (3, 1)])
 def test_grouped_and_multi_query_heads(heads, kv_heads):
     check("triton", Case(33, 33, heads=heads, kv_heads=kv_heads, batch=2, head_dim=24, scale=0.5))
+
+
+WINDOWS = [(90, 90, 6), (90, 90, (20, 30)), (90, 90, (40, 3)), (60, 100, (11, 9)), (100, 60, (0, None))]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("seq_q, seq_k, window", WINDOWS)
+def test_windows(seq_q, seq_k, window, causal):
+    check("triton", Case(seq_q, seq_k, heads=2, kv_heads=1, causal=causal, window=window), with_lse=True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, (9, 30)])
+def test_documents(window, causal):
+    check("triton", Case(77, 77, kv_heads=1, batch=2, causal=causal, documents=(36, 1, 7, 33), window=window), with_lse=True)
+
+
+@pytest.mark.parametrize("features", [dict(document_ids=torch.arange(128)[None] // 64), dict(window=32), dict(window=(31, 0))])
+def test_tiles_that_no_query_sees_are_not_read(features):
+    """Masked by multiplication with 0 they would hand on what is no number. The first 32 keys are out of sight of the last 64 queries."""
+    features = {name: x.int() if isinstance(x, torch.Tensor) else x for name, x in features.items()}
+    q, k, v, dout, _ = Case(128, 128).tensors(fresh_seed())
+    q, k, v = (x.index_fill(1, torch.arange(32), torch.nan).requires_grad_() for x in (q, k, v))
+    out = attention(q, k, v, **features, backend="triton")
+    assert out[:, 64:].isfinite().all()
+    gradients = torch.autograd.grad(out, (q, k, v), dout.index_fill(1, torch.arange(64), 0.0))
+    assert all(x[:, 64:].isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("head_dim, value_head_dim", [(16, 40), (64, 16)])
+def test_value_head_dims(head_dim, value_head_dim):
+    check("triton", Case(49, 60, head_dim=head_dim, value_head_dim=value_head_dim))
+
+
+FEATURES = [dict(softcap=2.0), dict(alibi=True), dict(sinks=True), dict(dropout_p=0.4)]
+TOGETHER = {name: value for feature in FEATURES for name, value in feature.items()}
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("features", [*FEATURES, TOGETHER], ids=[*("-".join(x) for x in FEATURES), "together"])
+def test_features(features, causal):
+    check("triton", Case(40, 51, heads=2, kv_heads=1, causal=causal, **features), with_lse=True)
+
+
+def test_features_in_half_precision():
+    """Without sinks: two sums over all rows are too few numbers for a comparison of rounding errors."""
+    check("triton", Case(40, 51, kv_heads=1, dtype=torch.float16, softcap=2.0, alibi=True, dropout_p=0.4), with_lse=True)
+
+
+@pytest.mark.parametrize("features", [dict(), dict(sinks=True)])
+def test_rows_that_see_nothing_beside_every_feature(features):
+    case = Case(40, 20, heads=1, kv_heads=1, softcap=2.0, alibi=True, dropout_p=0.1, window=(9, 0), **features)
+    check("triton", case, with_lse=True)
+    check("triton", replace(case, seq_q=50, seq_k=50, documents=(20, 30), value_head_dim=24), with_lse=True)
+
+
+def test_a_sink_of_minus_infinity_is_no_sink():
+    q, k, v, dout, _ = Case(20, 12).tensors(fresh_seed())
+    sinks = torch.full((2,), -torch.inf, requires_grad=True)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    with_sinks, without = (attention(*inputs, sinks=x, backend="triton") for x in (sinks, None))
+    torch.testing.assert_close(with_sinks, without)
+    *gradients, dsinks = torch.autograd.grad(with_sinks, (*inputs, sinks), dout)
+    torch.testing.assert_close(gradients, [*torch.autograd.grad(without, inputs, dout)])
+    assert torch.equal(dsinks, torch.zeros(2))
+
+
+def test_the_dropout_mask_does_not_depend_on_tiles(monkeypatch):
+    q, k, v, *_ = Case(70, 90, causal=False).tensors(fresh_seed())
+    seed = torch.randint(2**63 - 1, (2,))
+    masks = []
+    for tile in (Tile(32, 16, 4, 1), Tile(16, 64, 4, 1)):
+        monkeypatch.setattr("kernels.attention.tuning._INTERPRETER", tile)
+        one_key_each = torch.eye(90).expand(1, 2, 90, 90).transpose(1, 2)
+        out, _ = attention_forward(q, k, one_key_each, False, 0.25, dropout_p=0.3, dropout_seed=seed)
+        masks.append(out.transpose(1, 2) != 0)
+    assert torch.equal(*masks)
+    assert torch.equal(masks[0], dropout.keep_mask(seed, 0.3, 1, 2, range(70), range(90)))
+    assert abs(dropout.keep_mask(seed, 0.3, 2, 2, range(250), range(251)).double().mean() - 0.7) < 0.005  # 5 standard deviations
+
+
+def test_the_same_bits_every_time():
+    case = Case(50, 50, kv_heads=1, **TOGETHER)
+    tensors = case.tensors(fresh_seed())
+    first, second = (run("triton", case, *tensors) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_packed_projection_and_its_one_gradient(kv_heads):
+    *_, dlse = Case(37, 37, batch=2).tensors(fresh_seed())
+    dout = torch.randn(2, 37, 2, 16)
+    sinks = torch.randn(2, requires_grad=True)
+    qkv = torch.randn(2, 37, 2 + 2 * kv_heads, 16, requires_grad=True)
+    given = qkv.unflatten(2, (3, 2)) if kv_heads == 2 else qkv
+    outputs = attention_packed(given, heads=2, kv_heads=kv_heads, sinks=sinks, window_left=9)
+    q, k, v = qkv.split([2, kv_heads, kv_heads], dim=2)
+    expected = attention(q, k, v, sinks=sinks, window=10, backend="triton", return_lse=True)
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+    gradients = (torch.autograd.grad(x, (qkv, sinks), (dout, dlse)) for x in (outputs, expected))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="qkv must be"):
+        attention_packed(qkv, heads=3)
+
+
+def test_opcheck_of_the_packed_projection():
+    qkv, dout = torch.randn(1, 18, 4, 16), torch.randn(1, 18, 2, 16)
+    out, lse = attention_packed_forward(qkv, 2, 1, True, 0.25)
+    torch.library.opcheck(attention_packed_forward, (qkv.requires_grad_(), 2, 1, True, 0.25))
+    arguments = (dout, None, qkv.detach(), out, lse, 2, 1, True, 0.25)
+    torch.library.opcheck(attention_packed_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def operator_features():
+    """Every argument of `Features`, for documents of 8 and 10 positions."""
+    start = torch.tensor([0] * 8 + [8] * 10, dtype=torch.int32)[None]
+    end = torch.tensor([8] * 8 + [18] * 10, dtype=torch.int32)[None]
+    return 7, 2, 2.0, torch.rand(2), torch.randn(2), start, end, 0.3, torch.randint(2**62, (2,))
+
+
+def test_opcheck_with_every_feature():
+    q, k, v, dout, dlse = Case(18, 18, kv_heads=1, value_head_dim=24).tensors(fresh_seed())
+    features = operator_features()
+    out, lse = attention_forward(q, k, v, False, 0.25, *features)
+    inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
+    sinks = features[4].clone().requires_grad_()
+    torch.library.opcheck(attention_forward, (*inputs, False, 0.25, *features[:4], sinks, *features[5:]))
+    arguments = (dout, dlse, q, k, v, out, lse, False, 0.25, *features)
+    torch.library.opcheck(attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def packed_case(seq, dtype=torch.float32):

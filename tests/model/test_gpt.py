@@ -52,6 +52,77 @@ def test_backends_give_the_same_model(model):
         torch.testing.assert_close(model(tokens), expected)
 
 
+VARIANTS = {
+    "window": {"attention_window": 4},
+    "documents": {"end_of_text": 0},
+    "alibi": {"positions": "alibi"},
+    "dropout": {"attention_dropout": 0.3},
+}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
+def variant(request):
+    return build_variant(**request.param)
+
+
+def build_variant(**options) -> GPT:
+    torch.manual_seed(0)
+    fields = {key: options.pop(key) for key in ("positions", "layers") if key in options}
+    return GPT(GPTConfig(**{**SMALL, **fields}).resolved(), attention_backend="tiled", **options)
+
+
+def test_variants_of_attention_learn_the_same_recomputed(variant):
+    tokens = torch.randint(50, (2, 16))
+    tokens[:, 5] = 0
+    losses, gradients = [], []
+    for backend, mode in (("tiled", "none"), ("tiled", "full"), ("eager", "none")):
+        variant.activation_checkpointing = mode
+        for block in variant.blocks:
+            block.attention.backend = backend
+        variant.zero_grad()
+        torch.manual_seed(3)
+        losses.append(variant(tokens, tokens.roll(-1, 1)))
+        losses[-1].backward()
+        gradients.append([p.grad.clone() for p in variant.parameters()])
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(losses[0], losses[2])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    torch.testing.assert_close(gradients[0], gradients[2])
+
+
+def test_a_window_hides_what_lies_before_it():
+    model = build_variant(attention_window=4, layers=1)
+    tokens = torch.randint(50, (1, 16))
+    changed = tokens.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 50
+    same = (model(tokens) - model(changed)).abs().amax(-1)[0] < 1e-6
+    assert same.tolist() == [True] * 5 + [False] * 4 + [True] * 7
+
+
+@pytest.mark.parametrize("positions", ["rope", "alibi"])
+def test_packed_documents_are_as_if_alone(positions):
+    model = build_variant(end_of_text=0, positions=positions)
+    tokens = torch.randint(1, 50, (1, 16))
+    tokens[0, 6] = 0
+    torch.testing.assert_close(model(tokens), torch.cat((model(tokens[:, :7]), model(tokens[:, 7:])), dim=1))
+    model.end_of_text = None
+    assert not torch.allclose(model(tokens)[:, 7:], model(tokens[:, 7:]))
+
+
+def test_alibi_has_no_position_table_and_tells_positions_apart():
+    model = build_variant(positions="alibi")
+    assert model.position_embedding is None
+    repeated, other = torch.tensor([[5, 9, 7, 7]]), torch.tensor([[9, 5, 7, 7]])
+    assert not torch.allclose(model(repeated)[0, -1], model(other)[0, -1], atol=1e-5)
+
+
+def test_attention_dropout_acts_while_training_alone():
+    model, tokens = build_variant(attention_dropout=0.5), torch.randint(50, (2, 16))
+    assert not torch.allclose(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+
+
 def test_full_checkpointing_changes_no_gradient(model):
     tokens, labels = torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
     gradients = []

@@ -196,3 +196,10 @@ def test_a_run_is_named_by_its_file_and_what_the_command_line_changes_in_the_cur
     long = [f"data.corpus={'x' * 150}{end}" for end in "ab"]
     assert len(name(long[0])) == 120 and name(long[0]) != name(long[1])
     assert load_config("configs/gpt2-124m.yaml", ["run.seed=2"])[0].tracking.group == "gpt2-124m"
+
+
+def test_what_attention_is_asked_for_decides_which_backend_can(load):
+    for key in ("attention.window=64", "attention.dropout=0.1", "attention.document_mask=true", "model.positions=alibi"):
+        assert load(key, run="").attention.backend == "tiled"
+        assert "attention.backend: sdpa has no" in faults_of(lambda: load(key, "attention.backend=sdpa", run=""))
+    assert load("attention.window=64", run="").attention.window == 64
