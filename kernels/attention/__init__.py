@@ -12,7 +12,7 @@ from kernels.attention.masks import Rules, alibi_slopes, document_bounds
 from kernels.attention.reference import eager, tiled
 from kernels.attention.tuning import compute_capability, read_compute_capability
 
-__all__ = ["BACKENDS", "alibi_slopes", "attention", "choose", "unsupported"]
+__all__ = ["BACKENDS", "alibi_slopes", "attention", "attention_packed", "choose", "unsupported"]
 
 
 def attention(
@@ -61,6 +61,36 @@ def attention(
     included, [batch, heads, seq_q], float32 (float64 for float64 inputs), differentiable too: outputs over two sets of keys merge by it.
     ValueError when arguments do not fit together or the backend cannot do what is asked.
     """
+    return _attend(
+        q, k, v, None, causal=causal, window=window, document_ids=document_ids, cu_seqlens=cu_seqlens, alibi_slopes=alibi_slopes,
+        softcap=softcap, sinks=sinks, dropout_p=dropout_p, scale=scale, backend=backend, deterministic=deterministic, return_lse=return_lse,
+    )  # fmt: skip
+
+
+def attention_packed(
+    qkv: torch.Tensor, *, heads: int, kv_heads: int | None = None, **options
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` of one projection: of its slices, but on `triton` their gradients are written into one buffer, where autograd would copy
+    three gradients into a fourth tensor.
+
+    qkv: [batch, seq, heads + 2 * kv_heads, head_dim], the heads of Q, then of K, then of V; or [batch, seq, 3, heads, head_dim].
+    kv_heads: default heads. options: those of `attention`, by name. Returns and raises what `attention` does.
+    """
+    kv_heads = heads if kv_heads is None else kv_heads
+    packed = qkv.flatten(2, 3) if qkv.ndim == 5 else qkv
+    if packed.ndim != 4 or packed.shape[2] != heads + 2 * kv_heads:
+        expected = f"[batch, seq, {heads} + 2 * {kv_heads}, head_dim] or, without fewer key heads, [batch, seq, 3, {heads}, head_dim]"
+        raise ValueError(f"attention_packed: qkv must be {expected}, got {list(qkv.shape)}")
+    return _attend(*packed.split([heads, kv_heads, kv_heads], dim=2), packed, **_DEFAULTS | options)
+
+
+_DEFAULTS = attention.__kwdefaults__
+
+
+def _attend(
+    q, k, v, packed, *, causal, window, document_ids, cu_seqlens, alibi_slopes, softcap, sinks, dropout_p, scale, backend, deterministic, return_lse
+):
+    """packed: the tensor that q, k and v are slices of; or None."""
     _check_shapes(q, k, v)
     _check_options(q, k, softcap, sinks, dropout_p, scale)
     rules = Rules(
@@ -101,7 +131,10 @@ def attention(
     device_type = q.device.type
     # Autocast would change some operations of some backends: all of them compute in the dtype that they are given.
     with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
-        out, lse = _IMPLEMENTATIONS[backend](q, k, v, rules=rules, sinks=sinks, return_lse=return_lse)
+        if packed is not None and backend == "triton":
+            out, lse = _triton_packed(packed, q.shape[2], k.shape[2], rules, sinks)
+        else:
+            out, lse = _IMPLEMENTATIONS[backend](q, k, v, rules=rules, sinks=sinks, return_lse=return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -194,13 +227,21 @@ def _of(x: torch.Tensor) -> str:
 def _triton(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.triton_forward import attention_forward
 
-    causal = rules.right == 0
-    window = rules.left, None if causal else rules.right
-    slopes = rules.alibi_slopes
-    slopes = slopes[0] if slopes is not None and len(slopes) == 1 else slopes
-    features = *window, rules.softcap, slopes, sinks, rules.doc_start, rules.doc_end, rules.dropout_p, rules.seed
-    out, lse = attention_forward(q, k, v, causal, rules.scale, *features)
+    out, lse = attention_forward(q, k, v, rules.causal, rules.scale, *_triton_features(rules, sinks))
     return out, lse if return_lse else None
+
+
+def _triton_packed(packed, heads, kv_heads, rules, sinks):
+    from kernels.attention.triton_packed import attention_packed_forward
+
+    return attention_packed_forward(packed, heads, kv_heads, rules.causal, rules.scale, *_triton_features(rules, sinks))
+
+
+def _triton_features(rules, sinks):
+    """The fields of `triton_forward.Features`."""
+    slopes = rules.alibi_slopes[0] if rules.alibi_slopes is not None and len(rules.alibi_slopes) == 1 else rules.alibi_slopes
+    right = None if rules.causal else rules.right
+    return rules.left, right, rules.softcap, slopes, sinks, rules.doc_start, rules.doc_end, rules.dropout_p, rules.seed
 
 
 def _hopper(q, k, v, *, rules, sinks, return_lse):

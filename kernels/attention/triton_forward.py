@@ -236,7 +236,8 @@ def keep_for_backward(ctx, tensors, causal: bool, scale: float, features: Featur
 
 
 def kept_for_backward(ctx) -> tuple[tuple[torch.Tensor, ...], Features]:
-    tensors, features = ctx.saved_tensors[: -len(TENSOR_FEATURES)], ctx.saved_tensors[-len(TENSOR_FEATURES) :]
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    tensors, features = saved[: -len(TENSOR_FEATURES)], saved[-len(TENSOR_FEATURES) :]
     return tensors, ctx.features._replace(**dict(zip(TENSOR_FEATURES, features)))
 
 

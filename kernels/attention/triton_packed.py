@@ -1,5 +1,5 @@
-"""Attention on a packed projection, in portable Triton: `recipe::attention_packed_forward`. Q, K and V are read where they lie, and their
-gradients are written into one buffer: autograd, given slices of a projection, would copy three gradients into a fourth tensor.
+"""`attention_packed` in portable Triton: `recipe::attention_packed_forward` reads Q, K and V where they lie in their projection, and its
+backward writes their gradients into one buffer.
 """
 
 import torch
@@ -13,24 +13,6 @@ from kernels.attention.triton_forward import (
     kept_for_backward,
     launch_forward,
 )
-
-
-def attention_packed(
-    qkv: torch.Tensor, *, heads: int, kv_heads: int | None = None, causal: bool = True, scale: float | None = None, **features
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention` on one projection: (out [batch, seq, heads, head_dim], log-sum-exp [batch, heads, seq] float32).
-
-    qkv: [batch, seq, heads + 2 * kv_heads, head_dim], the heads of Q, then of K, then of V; or [batch, seq, 3, heads, head_dim]. float16,
-    bfloat16 or float32, head_dim from 16 to 256. kv_heads: default heads. features: the fields of `triton_forward.Features`, by name.
-    ValueError when qkv does not have that many heads.
-    """
-    kv_heads = heads if kv_heads is None else kv_heads
-    packed = qkv.flatten(2, 3) if qkv.ndim == 5 else qkv
-    if packed.ndim != 4 or packed.shape[2] != heads + 2 * kv_heads or heads % kv_heads:
-        expected = f"[batch, seq, {heads} + 2 * {kv_heads}, head_dim], heads a multiple of kv_heads"
-        raise ValueError(f"attention_packed: qkv must be {expected}, got {list(qkv.shape)}")
-    scale = packed.shape[3] ** -0.5 if scale is None else scale
-    return attention_packed_forward(packed, heads, kv_heads, causal, scale, **features)
 
 
 def _slices(packed, heads, kv_heads):

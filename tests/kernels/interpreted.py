@@ -4,15 +4,17 @@ float16 and float32 only: the interpreter's bfloat16 products are wrong. Its til
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from comparison import Case, check, check_dynamic_shapes, check_scores_far_from_zero, fresh_seed, run
+from comparison import DROPOUT_SEED, Case, check, check_dynamic_shapes, check_scores_far_from_zero, fresh_seed, run
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from kernels.attention import attention, choose, dropout, unsupported
+from kernels.attention import attention, attention_packed, choose, dropout, triton_forward, triton_packed, unsupported
 from kernels.attention.triton_backward import attention_backward
 from kernels.attention.triton_forward import attention_forward
-from kernels.attention.triton_packed import attention_packed, attention_packed_backward, attention_packed_forward
+from kernels.attention.triton_packed import attention_packed_backward, attention_packed_forward
 from kernels.attention.tuning import Tile
 
 
@@ -134,14 +136,16 @@ def test_packed_projection_and_its_one_gradient(kv_heads):
     sinks = torch.randn(2, requires_grad=True)
     qkv = torch.randn(2, 37, 2 + 2 * kv_heads, 16, requires_grad=True)
     given = qkv.unflatten(2, (3, 2)) if kv_heads == 2 else qkv
-    outputs = attention_packed(given, heads=2, kv_heads=kv_heads, sinks=sinks, window_left=9)
+    options = dict(sinks=sinks, window=10, dropout_p=0.2, return_lse=True)
+    torch.manual_seed(DROPOUT_SEED)
+    outputs = attention_packed(given, heads=2, kv_heads=kv_heads, backend="triton", **options)
+    assert outputs[0].grad_fn.name().count("attention_packed_forward")
     q, k, v = qkv.split([2, kv_heads, kv_heads], dim=2)
-    expected = attention(q, k, v, sinks=sinks, window=10, backend="triton", return_lse=True)
+    torch.manual_seed(DROPOUT_SEED)
+    expected = attention(q, k, v, backend="triton", **options)
     torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
     gradients = (torch.autograd.grad(x, (qkv, sinks), (dout, dlse)) for x in (outputs, expected))
     torch.testing.assert_close(*gradients, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="qkv must be"):
-        attention_packed(qkv, heads=3)
 
 
 def test_opcheck_of_the_packed_projection():
@@ -229,6 +233,33 @@ def test_opcheck(packed):
     for gradient in (dlse, None):
         arguments = (dout, gradient, q, k, v, out, lse, True, 0.25)
         torch.library.opcheck(attention_backward, arguments, test_utils=of_strides)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_selective_checkpointing_keeps_output_and_log_sum_exp_by_op_name(monkeypatch, packed):
+    """What it keeps is not computed again: the forward kernel runs once."""
+    ops = torch.ops.recipe
+    kept = [(ops.attention_packed_forward if packed else ops.attention_forward).default]
+    qkv = torch.randn(1, 20, 6, 16, requires_grad=True)
+    launches = []
+    for module in (triton_forward, triton_packed):
+        launch = module.launch_forward
+        monkeypatch.setattr(module, "launch_forward", lambda *args, launch=launch: launches.append(1) or launch(*args))
+
+    def block(qkv):
+        x = 2 * qkv  # computed again
+        options = dict(window=9, dropout_p=0.2, backend="triton")
+        return attention_packed(x, heads=2, **options) if packed else attention(*x.split([2, 2, 2], dim=2), **options)
+
+    def gradient(**options):
+        torch.manual_seed(DROPOUT_SEED)
+        out = checkpoint(block, qkv, use_reentrant=False, **options) if options else block(qkv)
+        return torch.autograd.grad(out.square().sum(), qkv)[0]
+
+    expected = gradient()
+    launches.clear()
+    torch.testing.assert_close(gradient(context_fn=partial(create_selective_checkpoint_contexts, kept)), expected, rtol=0, atol=0)
+    assert len(launches) == 1
 
 
 def test_compiles_without_a_graph_break():

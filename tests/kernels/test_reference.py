@@ -8,7 +8,7 @@ import torch
 from comparison import DROPOUT_SEED, Case, check, check_scores_far_from_zero, fresh_seed, run
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import _IMPLEMENTATIONS, alibi_slopes, attention
+from kernels.attention import _IMPLEMENTATIONS, alibi_slopes, attention, attention_packed
 from kernels.attention.dropout import keep_mask
 from kernels.attention.masks import document_bounds
 from kernels.attention.reference import tiled
@@ -199,6 +199,16 @@ def test_slices_of_a_packed_projection(backend):
     torch.testing.assert_close(strided, dense)
     torch.testing.assert_close(*(torch.autograd.grad(x, packed, dout)[0] for x in (strided, dense)))
     assert torch.autograd.grad(attention(*slices, backend=backend), packed, dout)[0].abs().sum(dim=(0, 1, 3)).all()
+    assert torch.equal(attention_packed(packed, heads=heads, kv_heads=kv_heads, backend=backend), attention(*slices, backend=backend))
+
+
+def test_a_packed_projection_in_either_form():
+    qkv = torch.randn(2, 7, 3, 4, 8)
+    expected = attention(*qkv.unbind(2), causal=False, return_lse=True)
+    torch.testing.assert_close(attention_packed(qkv, heads=4, causal=False, return_lse=True), expected)
+    torch.testing.assert_close(attention_packed(qkv.flatten(2, 3), heads=4, causal=False, return_lse=True), expected)
+    with pytest.raises(ValueError, match=r"qkv must be \[batch, seq, 4 \+ 2 \* 2, head_dim\].*got \[2, 7, 3, 4, 8\]"):
+        attention_packed(qkv, heads=4, kv_heads=2)
 
 
 @pytest.mark.parametrize("backend", ["tiled", "sdpa"])
