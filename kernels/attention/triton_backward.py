@@ -271,7 +271,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     seq_k, kv_heads, value_dim = v.shape[1:]
     lse = lse.contiguous()
     lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
-    pointers, numbers, causal = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
+    pointers, numbers, causal, score_features = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
     width = widths(head_dim, value_dim)
     group, precision, widest = heads // kv_heads, dot_precision(q.dtype), max(head_dim, value_dim)
 
@@ -283,7 +283,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
             *width[2:], ROWS_PER_PROGRAM,
         )  # fmt: skip
 
-        block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest)
+        block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features)
         dkdv_kernel[(triton.cdiv(seq_k, block_n) * batch * kv_heads,)](
             q, k, v, dout, lse_log2, delta, dk, dv, *pointers,
             kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
@@ -292,7 +292,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
-        block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest)
+        block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features)
         dq_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
             q, k, v, dout, lse_log2, delta, dq, *pointers,
             heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,

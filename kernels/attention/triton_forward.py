@@ -173,6 +173,7 @@ class Arguments(NamedTuple):
     pointers: tuple  # alibi_slopes, doc_start, doc_end, dropout_seed
     numbers: tuple  # softcap_log2, window_left, window_right, dropout_threshold
     causal: bool
+    score_features: bool  # chooses the tile
 
 
 def kernel_arguments(features: Features, causal: bool, batch: int, heads: int, seq_q: int, seq_k: int) -> Arguments:
@@ -188,7 +189,8 @@ def kernel_arguments(features: Features, causal: bool, batch: int, heads: int, s
     has_dropout = dropout_p > 0
     pointers = slopes, doc_start, doc_end, seed.contiguous() if has_dropout else None
     softcap_log2 = None if softcap is None else softcap * LOG2_E
-    return Arguments(pointers, (softcap_log2, left, right, dropout.threshold(dropout_p) if has_dropout else None), causal)
+    numbers = softcap_log2, left, right, dropout.threshold(dropout_p) if has_dropout else None
+    return Arguments(pointers, numbers, causal, softcap is not None or slopes is not None or has_dropout)
 
 
 def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,8 +198,8 @@ def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> t
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads, value_dim = v.shape[1:]
     out, lse = outputs(q, k, v)
-    pointers, numbers, causal = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
-    block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, max(head_dim, value_dim))
+    pointers, numbers, causal, score_features = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
+    block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, max(head_dim, value_dim), score_features)
     with torch.cuda.device_of(q):
         forward_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
             q, k, v, out, lse, features.sinks, *pointers,

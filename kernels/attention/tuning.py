@@ -55,6 +55,16 @@ _HALF = {
     },
 }
 _HALF["sm_100"] = _HALF["sm_90"]
+# softcap, ALiBi and dropout keep registers of their own through the loop: rows that would spill there, replaced.
+_HALF_WITH_SCORE_FEATURES = {
+    "sm_80": {
+        "forward": {256: Tile(64, 32, 8, 2)},
+        "dkdv": {16: Tile(32, 128, 8, 3), 64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    },
+    "sm_86": {"dkdv": {16: Tile(32, 64, 8, 2), 64: Tile(32, 64, 8, 2)}},
+    "sm_90": {"dkdv": {128: Tile(32, 128, 8, 3)}},
+}
+_HALF_WITH_SCORE_FEATURES["sm_100"] = _HALF_WITH_SCORE_FEATURES["sm_90"]
 _INTERPRETER = Tile(32, 16, 4, 1)  # small and unequal: a few dozen rows already have diagonal, full and tail tiles
 
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
@@ -78,16 +88,22 @@ def read_compute_capability(device: torch.device) -> tuple[int, int]:
 compute_capability = cache(read_compute_capability)
 
 
-def tile(device: torch.device, which: str, dtype: torch.dtype, head_dim: int) -> Tile:
-    """The tile of the pass `which` ("forward", "dkdv" or "dq") on this device; on the CPU, the interpreter's."""
+def tile(device: torch.device, which: str, dtype: torch.dtype, head_dim: int, score_features: bool) -> Tile:
+    """The tile of the pass `which` ("forward", "dkdv" or "dq") on this device; on the CPU, the interpreter's.
+
+    score_features: whether softcap, ALiBi or dropout are asked for.
+    """
     if device.type == "cpu":
         return _INTERPRETER
-    return tile_for(generation(compute_capability(device)), which, dtype, head_dim)
+    return tile_for(generation(compute_capability(device)), which, dtype, head_dim, score_features)
 
 
-def tile_for(arch: str, which: str, dtype: torch.dtype, head_dim: int) -> Tile:
-    rows = (_FLOAT32 if dtype is torch.float32 else _HALF[arch])[which]
-    return rows[next(row for row in HEAD_DIMS if head_dim <= row)]
+def tile_for(arch: str, which: str, dtype: torch.dtype, head_dim: int, score_features: bool) -> Tile:
+    row = next(row for row in HEAD_DIMS if head_dim <= row)
+    if dtype is torch.float32:
+        return _FLOAT32[which][row]
+    replaced = _HALF_WITH_SCORE_FEATURES[arch].get(which, {}) if score_features else {}
+    return replaced.get(row, _HALF[arch][which][row])
 
 
 def hopper_tile(head_dim: int, causal: bool, seq_q: int, seq_k: int) -> HopperTile:

@@ -37,6 +37,7 @@ FEATURES = {
     "sinks": ["sinks"],
     "dropout": ["dropout_seed", "dropout_threshold"],
 }
+SCORE_FEATURES = {"softcap", "alibi", "dropout"}
 OPTIONAL = {"window_right", *(name for names in FEATURES.values() for name in names)}
 
 
@@ -63,7 +64,7 @@ def compile_all(arch: str, dtype: torch.dtype, precision: str, head_dim: int, ca
     common = dict(HEAD_DIM=head_dim, BLOCK_D=block_d, VALUE_DIM=head_dim, BLOCK_V=block_d)
     common |= dict.fromkeys(OPTIONAL - {name for feature in features for name in FEATURES[feature]})
     for which, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel)):
-        tile = (tiles or {}).get(which) or tuning.tile_for(arch, which, dtype, head_dim)
+        tile = (tiles or {}).get(which) or tuning.tile_for(arch, which, dtype, head_dim, not SCORE_FEATURES.isdisjoint(features))
         constants = common | dict(BLOCK_M=tile.queries, BLOCK_N=tile.keys, GROUP=1, CAUSAL=causal, PRECISION=precision)
         constants |= dict(EVEN_M=even, EVEN_N=even)
         yield which, tile, compile_kernel(kernel, arch, dtype, constants, tile.warps, tile.stages)

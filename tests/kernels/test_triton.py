@@ -3,6 +3,7 @@
 Both in processes of their own: TRITON_INTERPRET acts when Triton is imported.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -60,15 +61,18 @@ def test_interpreted(tmp_path):
 
 
 def cases(arch: str) -> list[str]:
-    """Every row of the half-precision table (that of 16 is that of 64), and tails with a head_dim that is no power of two.
-
-    And every feature at once, which is the most that a kernel can need. sm_100 shares sm_90's tiles: its smallest and largest, to see that
-    they compile there.
+    """Every row of the half-precision table (that of 16 is that of 64), plain and with every feature at once, which is the most that a
+    kernel can need; and tails with a head_dim that is no power of two. sm_100 shares sm_90's tiles: a few, to see that they compile there.
     """
-    features = f"{arch},bfloat16,64,causal,odd,{EVERY_FEATURE}"
     if arch == "sm_100":
-        return [*(f"{arch},bfloat16,{head_dim},causal,even" for head_dim in (64, 256)), features]
-    return [*(f"{arch},bfloat16,{head_dim},causal,even" for head_dim in (64, 128, 256)), f"{arch},float16,80,full,odd", features]
+        return [f"{arch},bfloat16,64,causal,odd,{EVERY_FEATURE}", *(f"{arch},bfloat16,{head_dim},causal,even" for head_dim in (64, 256))]
+    rows = [f"{arch},bfloat16,{head_dim},causal,{rest}" for head_dim in (64, 128, 256) for rest in ("even", f"odd,{EVERY_FEATURE}")]
+    return [*rows, f"{arch},float16,80,full,odd"]
+
+
+# Bytes of local memory a thread that ptxas may use, whose spills lie outside the loops or are rare there; and where it is more, why.
+SPILLED_BYTES = 128
+NAMED_SPILLS = {("sm_90", "256", "dkdv"): 400}  # dK and dV hold half of the registers, and tiles of fewer keys have no wgmma
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +93,8 @@ def test_every_kernel_compiles_for_every_generation_within_its_shared_memory(com
 
 
 def test_half_precision_fits_into_registers(compiled):
-    """A few spilled registers (bytes of local memory a thread) are tolerable, loops that live in local memory are not."""
-    spilling = [row for row in compiled if row["stack"] > 256 and "float32" not in row["case"] and EVERY_FEATURE not in row["case"]]
+    halves = [row | dict(key=(*row["case"].split(",")[0:3:2], row["which"])) for row in compiled if "float32" not in row["case"]]
+    spilling = [row for row in halves if row["stack"] > NAMED_SPILLS.get(row["key"], SPILLED_BYTES)]
     assert not spilling
 
 
@@ -114,9 +118,9 @@ def test_tiles_cover_all_head_dims():
     for arch in SHARED_MEMORY_LIMIT:
         for dtype in (torch.float16, torch.float32):
             for head_dim in range(16, 257):
-                for which in PASSES:
-                    tile = tile_for(arch, which, dtype, head_dim)
+                for which, score_features in itertools.product(PASSES, (False, True)):
+                    tile = tile_for(arch, which, dtype, head_dim, score_features)
                     assert min(tile.queries, tile.keys) >= 16, "the least that tl.dot takes"
-            for which in PASSES:
-                if dtype is torch.float16:
-                    assert tile_for(arch, which, dtype, 16) == tile_for(arch, which, dtype, 64), "compile both: `cases` leaves out 16"
+        for which, score_features in itertools.product(PASSES, (False, True)):
+            rows = [tile_for(arch, which, torch.float16, head_dim, score_features) for head_dim in (16, 64)]
+            assert rows[0] == rows[1], "compile both: `cases` leaves out 16"
