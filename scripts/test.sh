@@ -12,4 +12,9 @@ if ! cmp -s requirements-test.txt .venv/test-stamp; then
     python -m pip install -qq --disable-pip-version-check --no-input -c .venv/constraints.txt -r requirements-test.txt
     cp requirements-test.txt .venv/test-stamp
 fi
+# The newest release of Triton beside the pinned one: tests/kernels/test_triton.py compiles and interprets the kernels with both.
+newest=3.9.0
+if [[ ! -f .venv/triton-$newest/triton/__init__.py ]]; then
+    python -m pip install -qq --disable-pip-version-check --no-input --no-deps --target ".venv/triton-$newest" "triton==$newest"
+fi
 exec python -m pytest --durations=10 "$@"

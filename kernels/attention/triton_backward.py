@@ -289,7 +289,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
             kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
             *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
             group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
         block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features)
@@ -298,7 +298,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
             heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
             *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
             group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     if features.sinks is None:
         return lse.new_empty(0)

@@ -207,7 +207,7 @@ def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> t
             *strides(q), *strides(k), *strides(v), *strides(out),
             heads // kv_heads, *widths(head_dim, value_dim), block_m, block_n,
             causal, seq_q % block_m == 0, seq_k % block_n == 0, dot_precision(q.dtype),
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
         )  # fmt: skip
     return out, lse
 

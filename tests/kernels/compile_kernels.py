@@ -55,7 +55,7 @@ def compile_kernel(kernel, arch: str, dtype: torch.dtype, constants: dict, warps
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {name: value for name, value in constants.items() if name in signature}, attributes)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages))
+    return triton.compile(source, target=target, options=dict(num_warps=warps, num_stages=stages, enable_fp_fusion=True))
 
 
 def compile_all(arch: str, dtype: torch.dtype, precision: str, head_dim: int, causal: bool, even: bool, features=(), tiles=None):

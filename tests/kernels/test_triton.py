@@ -20,8 +20,14 @@ ROOT = HERE.parents[1]
 EVERY_FEATURE = "window,documents,softcap,alibi,sinks,dropout"
 
 
-def start(command: list[str], tmp_path: Path, interpret: bool) -> subprocess.Popen:
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+# Where scripts/test.sh puts versions of Triton beside the installed one.
+OTHER_TRITONS = sorted(Path(sys.prefix).glob("triton-*"))
+
+
+def start(command: list[str], tmp_path: Path, interpret: bool, triton: Path | None = None) -> subprocess.Popen:
+    """triton: the folder of another version than the installed one."""
+    path = os.pathsep.join(map(str, (ROOT, triton) if triton else (ROOT,)))
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
@@ -56,8 +62,25 @@ def test_processes_end_with_the_first_that_hangs_and_its_output_is_shown(tmp_pat
     assert all(process.returncode is not None for process in processes)
 
 
+def interpreted(*options: str) -> list[str]:
+    return ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py"), *options]
+
+
 def test_interpreted(tmp_path):
-    print(*outputs(start(["-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted.py")], tmp_path, interpret=True)))
+    print(*outputs(start(interpreted(), tmp_path, interpret=True)))
+
+
+@pytest.mark.parametrize("triton", OTHER_TRITONS, ids=lambda folder: folder.name)
+def test_other_versions_of_triton(tmp_path, triton):
+    compiled = [f"sm_80,bfloat16,64,causal,odd,{EVERY_FEATURE}", "sm_90,bfloat16,128,causal,even", "sm_100,bfloat16,64,causal,even"]
+    processes = (
+        start([str(HERE / "compile_kernels.py"), *compiled], tmp_path, False, triton),
+        start(interpreted("-k", "features or windows or packed"), tmp_path, True, triton),
+    )
+    assert f"{triton.name} " in start(["-c", "import triton; print(f'triton-{triton.__version__} ')"], tmp_path, False, triton).communicate()[0]
+    rows = [json.loads(line) for line in outputs(*processes)[0].splitlines() if line.startswith("{")]
+    assert len(rows) == 4 * len(compiled)
+    assert all(row["stack"] <= SPILLED_BYTES for row in rows)
 
 
 def cases(arch: str) -> list[str]:
