@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.triton_forward import FEATURES_SCHEMA, Features, dense_rows, dot_precision, kernel_arguments, strides, widths
+from kernels.attention.triton_forward import FEATURES_SCHEMA, Features, blocks, dense_rows, dot_precision, kernel_arguments, strides, widths
 from kernels.attention.triton_tiles import (
     LOG2_E,
     UNSPECIALISED,
@@ -276,7 +276,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     group, precision, widest = heads // kv_heads, dot_precision(q.dtype), max(head_dim, value_dim)
 
     with torch.cuda.device_of(q):
-        row_kernel[(triton.cdiv(seq_q, ROWS_PER_PROGRAM) * batch * heads,)](
+        row_kernel[(blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads,)](
             dout, None if dlse is None else dlse.contiguous(), out, lse, lse_log2, delta,
             heads, seq_q, LOG2_E,
             *strides(dout), *strides(out),
@@ -284,7 +284,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
         )  # fmt: skip
 
         block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features)
-        dkdv_kernel[(triton.cdiv(seq_k, block_n) * batch * kv_heads,)](
+        dkdv_kernel[(blocks(seq_k, block_n) * batch * kv_heads,)](
             q, k, v, dout, lse_log2, delta, dk, dv, *pointers,
             kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
             *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
@@ -293,7 +293,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
         )  # fmt: skip
 
         block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features)
-        dq_kernel[(triton.cdiv(seq_q, block_m) * batch * heads,)](
+        dq_kernel[(blocks(seq_q, block_m) * batch * heads,)](
             q, k, v, dout, lse_log2, delta, dq, *pointers,
             heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
             *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
