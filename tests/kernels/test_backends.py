@@ -173,6 +173,10 @@ def test_the_table_is_printed_with_a_column_a_backend_and_a_row_a_feature():
     assert len(lines) == 6 + len(FEATURES)
 
 
+def test_the_readme_shows_the_table():
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8"), "put what python -m kernels.attention prints into the README"
+
+
 def test_python_m_prints_the_table_and_what_auto_chooses_here():
     printed = subprocess.run([sys.executable, "-m", "kernels.attention"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert printed.startswith(table()) and "auto, bf16, head_dim 64: " in printed
