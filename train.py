@@ -207,11 +207,12 @@ def open_corpus(config: Config, *, verify: bool):
 
 def describe(config: Config, meter, corpus) -> str:
     """What is about to happen, in four lines: every derived number with where it comes from."""
-    model, train = config.model, config.train
+    model, attention, train = config.model, config.attention, config.train
+    within = f" in a window of {attention.window}" * (attention.window is not None) + " within documents" * attention.document_mask
     peak = f"{meter.peak_flops / 1e12:.0f} TFLOP/s peak in {train.precision}" if meter.peak_flops else "peak unknown, so no MFU"
     return (
         f"model  {meter.parameters['total']:,} parameters: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads of {model.head_dim}, "
-        f"attention {config.attention.backend}, checkpointing {train.activation_checkpointing}\n"
+        f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}\n"
         f"data   {corpus.folder}: {corpus.split('train').tokens:,} training tokens, {corpus.tokenizer_name} tokenizer, corpus {corpus.sha256[:12]}\n"
         f"batch  {train.micro_batch_size} micro x {train.gradient_accumulation_steps} accumulation x {meter.world} processes = {train.global_batch_size} "
         f"sequences of {model.sequence_length} = {meter.tokens_per_step:,} tokens a step, {train.steps} steps\n"

@@ -1,4 +1,4 @@
-"""The shape of a GPT: every field that changes its parameters or its mathematics."""
+"""What a GPT is: its architecture, and what its attention sees and which kernel computes it."""
 
 from typing import Literal
 
@@ -50,3 +50,18 @@ class GPTConfig(BaseModel):
             "head_dim": self.head_dim or self.hidden_size // self.heads,
             "ffn_size": self.ffn_size or 4 * self.hidden_size,
         })
+
+
+class AttentionConfig(BaseModel):
+    """What attention sees and which kernel computes it; no parameter depends on it.
+
+    The backend changes speed and memory alone. A query sees its own key and, of those before it, the last ``window - 1`` (null: all), and
+    with ``document_mask`` only those of its own document. ``dropout`` is that of the attention probabilities, while training.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    backend: str = "auto"
+    window: PositiveInt | None = None
+    document_mask: bool = False
+    dropout: float = Field(0.0, ge=0, lt=1)

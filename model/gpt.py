@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import alibi_slopes, attention
-from model.config import GPTConfig
+from kernels.attention import alibi_slopes, attention, attention_packed
+from model.config import AttentionConfig, GPTConfig
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -16,27 +16,32 @@ class GPT(nn.Module):
 
     Args:
         config: a resolved architecture (``GPTConfig.resolved()``).
-        attention_backend: a backend of ``kernels.attention``; changes speed and memory, never the function.
-        attention_window: a query sees this many keys, its own the last; None: all before it.
-        attention_dropout: of the attention probabilities, while training.
-        end_of_text: the id that ends a document; given, a query sees its own document alone. None: all that is packed before it.
+        attention: what a token sees, and by which kernel.
+        end_of_text: the tokenizer's id between two documents; read, and needed, where ``attention.document_mask`` is set. It opens the
+            document that follows, whose first token it predicts without any other context; what stands before the first one in a
+            sample is one document, or the rest of one. Learned positions count on from document to document.
         activation_checkpointing: ``none`` keeps every activation for the backward pass, ``full`` keeps each block's
             input only and computes the block again (Chen et al. 2016, section 3).
     """
 
     def __init__(
-        self, config: GPTConfig, *, attention_backend: str = "auto", attention_window: int | None = None, attention_dropout: float = 0.0,
-        end_of_text: int | None = None, activation_checkpointing: str = "none",
-    ):  # fmt: skip
+        self,
+        config: GPTConfig,
+        attention: AttentionConfig = AttentionConfig(),
+        *,
+        end_of_text: int | None = None,
+        activation_checkpointing: str = "none",
+    ):
         super().__init__()
+        if attention.document_mask and end_of_text is None:
+            raise ValueError("attention.document_mask: where a document ends is not known; give GPT the tokenizer's end_of_text")
         self.config = config
-        self.end_of_text = end_of_text
+        self.end_of_text = end_of_text if attention.document_mask else None
         self.activation_checkpointing = activation_checkpointing
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.sequence_length, config.hidden_size) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        attention = {"backend": attention_backend, "window": attention_window, "dropout": attention_dropout}
-        self.blocks = nn.ModuleList(Block(config, **attention) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # The weights follow from torch's seed alone, on every device: modules, as they are made, draw from the generator of theirs.
@@ -76,22 +81,22 @@ class GPT(nn.Module):
         """
         sequence = tokens.shape[1]
         x = self.token_embedding(tokens)
-        rotary = slopes = documents = None
+        context = {}
         if self.config.positions == "learned":
             x = x + self.position_embedding(torch.arange(sequence, device=tokens.device))
         elif self.config.positions == "rope":
-            rotary = rotary_table(sequence, self.config.head_dim, self.config.rope_theta, tokens.device)
+            context["rotary"] = rotary_table(sequence, self.config.head_dim, self.config.rope_theta, tokens.device)
         else:
-            slopes = alibi_slopes(self.config.heads, tokens.device)  # no buffer, for the reason that rotary_table gives
+            context["alibi_slopes"] = alibi_slopes(self.config.heads, tokens.device)  # no buffer, for the reason that rotary_table gives
         if self.end_of_text is not None:
-            ends = tokens == self.end_of_text
-            documents = (ends.cumsum(1) - ends.long()).int()  # an end of text belongs to the document that it ends
+            context["document_ids"] = (tokens == self.end_of_text).cumsum(1, dtype=torch.int32)
         x = self.dropout(x)
         for block in self.blocks:
+            # By keyword: ZeRO-3 copies positional tensors, and what attention makes of document_ids is kept for one and the same tensor.
             if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotary, slopes, documents, use_reentrant=False)
+                x = checkpoint(block, x, use_reentrant=False, **context)
             else:
-                x = block(x, rotary, slopes, documents)
+                x = block(x, **context)
         logits = self.head(self.final_norm(x))
         if labels is None:
             return logits
@@ -101,46 +106,51 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """One transformer layer: attention and feed-forward, each normalised first and added to the residual stream."""
 
-    def __init__(self, config: GPTConfig, **attention):
+    def __init__(self, config: GPTConfig, attention: AttentionConfig):
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = SelfAttention(config, **attention)
+        self.attention = SelfAttention(config, attention)
         self.ffn_norm = make_norm(config)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor | None, slopes: torch.Tensor | None, documents: torch.Tensor | None
-    ) -> torch.Tensor:
-        """x: [batch, sequence, hidden]; rotary: see ``rotary_table``; slopes, documents: ``attention``'s alibi_slopes, document_ids."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), rotary, slopes, documents))
+    def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
+        """x: [batch, sequence, hidden]; context: what ``SelfAttention`` takes beside it."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), **context))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
 
 class SelfAttention(nn.Module):
     """Causal self-attention; fewer key/value heads than query heads make it GQA, one makes it MQA (Ainslie et al. 2023)."""
 
-    def __init__(self, config: GPTConfig, *, backend: str, window: int | None, dropout: float):
+    def __init__(self, config: GPTConfig, attention: AttentionConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.backend, self.window, self.dropout = backend, window, dropout
+        self.backend, self.window, self.dropout = attention.backend, attention.window, attention.dropout
         self.qkv = nn.Linear(config.hidden_size, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=config.bias)
         self.projection = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=config.bias)
         self.projection.writes_to_residual = True
 
     def forward(
-        self, x: torch.Tensor, rotary: torch.Tensor | None, slopes: torch.Tensor | None, documents: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        *,
+        rotary: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """x: [batch, sequence, hidden], and so is what is returned; rotary: see ``rotary_table``; the others: see ``attention``."""
         qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
+        options = {
+            "causal": True, "window": self.window, "document_ids": document_ids, "alibi_slopes": alibi_slopes,
+            "dropout_p": self.dropout if self.training else 0.0, "backend": self.backend,
+        }  # fmt: skip
         if rotary is None:
-            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+            out = attention_packed(qkv, heads=self.heads, kv_heads=self.kv_heads, **options)
         else:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
             q, k = rotate(qk, rotary).split([self.heads, self.kv_heads], dim=2)
-        out = attention(
-            q, k, v, causal=True, window=self.window, document_ids=documents, alibi_slopes=slopes,
-            dropout_p=self.dropout if self.training else 0.0, backend=self.backend,
-        )  # fmt: skip
+            out = attention(q, k, v, **options)
         return self.projection(out.flatten(2))
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # The training figures of the README: gpt2-124m on source code with our kernel and with PyTorch's, on one GPU and on two, and gpt-1.3b;
-# and three seeds of gpt2-124m beside one run of every other backend, with compare_runs.py's verdict.
+# three seeds of gpt2-124m beside one run of every other backend, with compare_runs.py's verdict; and packed documents of 8192 tokens with
+# document masks on two kernels that skip what they hide, beside the same run without the mask, where there is nothing to skip.
 #
-#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds]
+#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents]
 #
-# Without arguments every part, in that order; about 25 minutes on two H200s.  Runs go to runs/curves and runs/seeds, the tables, pictures
-# and the JSON behind them to docs/results.  On a machine of one GPU leave out "two"; "large" takes every GPU.
+# Without arguments every part, in that order; about 30 minutes on two H200s.  Runs go to runs/curves, runs/seeds and runs/documents, the
+# tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out "two"; "large" takes every GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=runs/curves
@@ -49,20 +50,36 @@ summary() {
     python3 scripts/compare_runs.py "$runs"/* --json docs/results/curves.json --png docs/results/curves.png
 }
 
-seeds() { # one run a GPU, all GPUs at work
-    local runs=runs/seeds gpu queue=() processes=()
-    for run in triton-1 triton-2 triton-3 sdpa-1 sdpa_cudnn-1 sdpa_flash-1 sdpa_efficient-1 eager-1; do queue+=("$run"); done
+short() { # short CONFIG MICRO_BATCH "NAME [override ...]" ...: 150 steps of each, one run a GPU, all GPUs at work
+    local config=$1 micro_batch=$2 gpu i run processes=()
+    shift 2
     for ((gpu = 0; gpu < gpus; gpu++)); do
-        for ((i = gpu; i < ${#queue[@]}; i += gpus)); do
-            train "${queue[i]}" gpt2-124m "$gpu" "attention.backend=${queue[i]%-*}" "run.seed=${queue[i]#*-}" \
-                train.micro_batch_size=32 train.steps=150 optimizer.warmup_steps=50 eval.every=50
+        for ((i = gpu + 1; i <= $#; i += gpus)); do
+            read -ra run <<< "${!i}"
+            train "${run[0]}" "$config" "$gpu" "train.micro_batch_size=$micro_batch" \
+                train.steps=150 optimizer.warmup_steps=50 eval.every=50 "${run[@]:1}"
         done &
         processes+=($!)
     done
     for process in "${processes[@]}"; do wait "$process"; done
+}
+
+seeds() {
+    local runs=runs/seeds run queue=()
+    for run in triton-1 triton-2 triton-3 sdpa-1 sdpa_cudnn-1 sdpa_flash-1 sdpa_efficient-1 eager-1; do
+        queue+=("$run attention.backend=${run%-*} run.seed=${run#*-}")
+    done
+    short gpt2-124m 32 "${queue[@]}"
     python3 scripts/compare_runs.py "$runs"/* --baseline backend=triton --json docs/results/seeds.json --png docs/results/seeds.png --html docs/results/seeds.html
 }
 
-for part in "${@:-data one two large summary seeds}"; do
+documents() {
+    local runs=runs/documents
+    short gpt2-124m-documents 4 "triton attention.backend=triton" "flex attention.backend=flex" \
+        "triton-unmasked attention.backend=triton attention.document_mask=false"
+    python3 scripts/compare_runs.py "$runs"/* --json docs/results/documents.json --png docs/results/documents.png
+}
+
+for part in "${@:-data one two large summary seeds documents}"; do
     for name in $part; do "$name"; done
 done

@@ -19,7 +19,7 @@ TEXT = "Shall I compare thee to a summer's day? Thou art more lovely and more te
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sonnet"
-    write_corpus(folder, tokenizer=load_tokenizer("bytes"), splits={"train": [TEXT] * 4, "validation": [TEXT]}, provenance={})
+    write_corpus(folder, tokenizer=load_tokenizer("bytes"), splits={"train": [TEXT[:200]] * 64, "validation": [TEXT]}, provenance={})
     return folder
 
 
@@ -28,7 +28,8 @@ def run_file(tmp_path_factory, corpus):
     folder = tmp_path_factory.mktemp("configs")
     (folder / "tiny.yaml").write_text(f"""
 run: {{output_dir: {folder}/runs}}
-model: {{layers: 2, hidden_size: 64, heads: 2, vocab_size: 257, sequence_length: 64, dropout: 0.1}}
+model: {{layers: 2, hidden_size: 64, heads: 2, vocab_size: 257, sequence_length: 64, positions: alibi, dropout: 0.1}}
+attention: {{window: 48, document_mask: true, dropout: 0.1}}
 data: {{corpus: {corpus}}}
 train: {{steps: 25, global_batch_size: 16, gradient_accumulation_steps: 2, precision: fp32, activation_checkpointing: full}}
 optimizer: {{lr: 1e-2, warmup_steps: 2}}
@@ -62,12 +63,12 @@ def test_a_run_learns_and_leaves_one_row_a_step(finished, run_file, corpus):
     assert rows[0]["lr"] == pytest.approx(5e-3) and rows[2]["lr"] == pytest.approx(1e-2) and rows[-1]["lr"] == pytest.approx(6e-5)
     described = json.loads((run_dir / "run.json").read_text())
     assert described["corpus_sha256"] == json.loads((corpus / "manifest.json").read_text())["corpus_sha256"]
-    assert described["config"]["attention"]["backend"] == "sdpa"
+    assert described["config"]["attention"] == {"backend": "tiled", "window": 48, "document_mask": True, "dropout": 0.1}
     assert described["deepspeed_config"]["zero_optimization"]["stage"] == 3
     assert described["world_size"] == 2
     assert (run_dir / "sample.txt").read_text().startswith("Shall")
     assert list((run_dir / "wandb").glob("offline-run-*")), "tracking.wandb is offline by default"
-    assert described["wandb"]["group"] == "tiny" and {"seq64", "sdpa", "zero3", "fp32", "mine"} <= set(described["wandb"]["tags"])
+    assert described["wandb"]["group"] == "tiny" and {"seq64", "tiled", "zero3", "fp32", "mine"} <= set(described["wandb"]["tags"])
     assert json.loads((run_dir / "outcome.json").read_text()) == {"outcome": "finished", "step": 25}
 
 
@@ -80,6 +81,7 @@ def test_a_run_leaves_its_last_checkpoints_intact(finished, run_file):
 def test_rank_0_alone_speaks_and_says_little(finished):
     lines = [line for line in finished.stdout.splitlines() if line]
     assert [line.split()[0] for line in lines[:6]] == ["wandb", "attention.backend:", "model", "data", "batch", "device"]
+    assert "attention tiled in a window of 48 within documents, checkpointing full" in lines[2]
     assert len([line for line in lines if re.match(r"step +\d+/25 \| loss ", line)]) == 6
     assert len([line for line in lines if "validation loss" in line]) == 4
     assert lines[-1].startswith("metrics ") and lines[-2].startswith("validation loss ")

@@ -23,7 +23,7 @@ def train(tmp_path_factory):
         done = deepspeed_run(
             "train.py", "--config", "configs/gpt2-124m.yaml", f"run.output_dir={folder}", f"run.name={name}", f"data.corpus={folder}/sonnet",
             "train.steps=20", "train.global_batch_size=8", "train.micro_batch_size=null", "train.gradient_accumulation_steps=1", "optimizer.warmup_steps=5",
-            "model.dropout=0.1", "attention.backend=triton", "checkpoint.every=5", "checkpoint.keep_last=4",
+            "model.dropout=0.1", "attention.dropout=0.1", "attention.window=256", "attention.backend=triton", "checkpoint.every=5", "checkpoint.keep_last=4",
             "sample.tokens=0", "tracking.wandb=disabled", *overrides, processes=gpus, gpus=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return folder / name, [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / name)[0]]

@@ -230,7 +230,7 @@ def _named_ones(path: Path) -> list[Path]:
 
 
 def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) -> list[str]:
-    """A line for each setting that changed since the checkpoint was saved.
+    """A line for each setting that changed since the checkpoint was saved; a key newer than the checkpoint had its default then.
 
     Raises:
         UserFault: one changed that the saved weights or the order of the data do not survive.
@@ -238,7 +238,7 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
     fixed = {"run.seed", "train.global_batch_size"}
     free = {"run", "checkpoint", "tracking", "sample", "eval", "attention.backend", "data.corpus"}
     changed, faults = [], []
-    before, now = _flat(checkpoint.saved["config"]), _flat(config.model_dump())
+    before, now = _flat(Config().model_dump()) | _flat(checkpoint.saved["config"]), _flat(config.model_dump())
     before["data.corpus_sha256"], now["data.corpus_sha256"] = checkpoint.saved["corpus_sha256"], corpus_sha256
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key):

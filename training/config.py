@@ -7,6 +7,7 @@ Everything that is wrong is reported at once, each fault with the file and line 
 import difflib
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,8 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kernels.attention import choose, unsupported
-from model.config import GPTConfig
-
+from model.config import AttentionConfig, GPTConfig
 
 _LONGEST_RUN_NAME = 120  # a folder's name may have 255 bytes
 
@@ -34,13 +34,6 @@ class RunSection(Section):
     name: str | None = Field(None, pattern=r"^[^/\\*?\[\]]*[^/\\.*?\[\]][^/\\*?\[\]]*$")  # DeepSpeed takes * ? [ for patterns of files
     output_dir: str = "runs"
     seed: int = Field(1234, ge=0, lt=2**62)
-
-
-class AttentionSection(Section):
-    backend: str = "auto"
-    window: PositiveInt | None = None
-    dropout: float = Field(0.0, ge=0, lt=1)
-    document_mask: bool = False
 
 
 class DataSection(Section):
@@ -109,7 +102,7 @@ class Config(Section):
 
     run: RunSection = RunSection()
     model: GPTConfig = GPTConfig()
-    attention: AttentionSection = AttentionSection()
+    attention: AttentionConfig = AttentionConfig()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
@@ -304,7 +297,12 @@ def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: 
 def _run_name(file: Path, overridden: dict[str, str]) -> str:
     """The file's name and what the command line makes differ in the curve: ``gpt2-124m,backend=sdpa,seed=2``."""
     silent = ("run.name", "run.output_dir", "checkpoint.", "eval.", "sample.", "tracking.")
-    differing = [f"{key.split('.')[-1]}={re.sub(r'[^-.,=+0-9A-Za-z_]', '', Path(value).name)}" for key, value in overridden.items() if not key.startswith(silent)]
+    holders = Counter(key for section in Config.model_fields.values() for key in section.annotation.model_fields)
+    differing = []
+    for key, value in overridden.items():
+        last = key.split(".")[-1]
+        if not key.startswith(silent):
+            differing.append(f"{key if holders[last] > 1 else last}={re.sub(r'[^-.,=+0-9A-Za-z_]', '', Path(value).name)}")
     name = ",".join([file.stem, *differing])
     if len(name) <= _LONGEST_RUN_NAME:
         return name
@@ -327,6 +325,10 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
     if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":
         faults.append(({"train", "zero"}, "zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
+    window, length = config.attention.window, config.model.sequence_length
+    if window is not None and window >= length:
+        what = f"{window} keys hide nothing in sequences of {length}; lower it, or use null"
+        faults.append(({"attention", "model"}, "attention.window", what))
     backend, notes, backend_faults = _resolve_backend(config)
     faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
     resolved = config.model_copy(update={
@@ -362,4 +364,12 @@ def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, st
         chosen, why = choose(**asked)
         return chosen, [f"attention.backend: auto -> {chosen} ({why})"], []
     reason = unsupported(backend, **asked)
-    return backend, [], [("attention.backend", reason.removeprefix("attention.backend="))] if reason else []
+    if reason is None:
+        return backend, [], []
+    keys = {"window": "attention.window", "document_ids": "attention.document_mask", "alibi": "model.positions: alibi",
+            "dropout": "attention.dropout"}
+    plain = asked | dict.fromkeys(keys, False)
+    if unsupported(backend, **plain) is None:
+        refused = [key for feature, key in keys.items() if asked[feature] and unsupported(backend, **plain | {feature: True})]
+        reason += f", or do without {' and '.join(refused)}"
+    return backend, [], [("attention.backend", reason.removeprefix("attention.backend="))]

@@ -83,19 +83,13 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     """Model, AdamW and DeepSpeed engine for a resolved configuration; call it on every rank.
 
     Args:
-        end_of_text: the tokenizer's id; needed with attention.document_mask.
+        end_of_text: the tokenizer's; needed with attention.document_mask.
         load_universal: a checkpoint in the universal format will be loaded (``training.universal``).
     """
-    attention = config.attention
-    if attention.document_mask and end_of_text is None:
-        raise ValueError("attention.document_mask: the id that ends a document is not known; give build_engine the tokenizer's end_of_text")
     generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
     with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
-        model = GPT(
-            config.model, attention_backend=attention.backend, attention_window=attention.window, attention_dropout=attention.dropout,
-            end_of_text=end_of_text if attention.document_mask else None, activation_checkpointing=config.train.activation_checkpointing,
-        )  # fmt: skip
+        model = GPT(config.model, config.attention, end_of_text=end_of_text, activation_checkpointing=config.train.activation_checkpointing)
     if config.zero.stage == 3:
         # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])

@@ -4,23 +4,37 @@
     HFU = hardware_flops_per_token * tokens_per_second_per_gpu / peak_flops
 
 MFU counts what the model's mathematics needs, HFU also what activation checkpointing computes twice (PaLM, arXiv:2204.02311,
-appendix B). A multiply-add is two FLOPs.
+appendix B). A multiply-add is two FLOPs. What the causal mask skips counts as computed, so that figures compare with published ones, and
+so do pairs of tokens of different documents (attention.document_mask), whose number the data decides: skipping either raises MFU.
 """
 
 import re
 from typing import Literal
 
 
-def model_flops_per_token(*, matmul_parameters: int, layers: int, attention_width: int, sequence_length: int) -> int:
-    """FLOPs of one forward and backward pass, per token: 6 N + 12 L (H Q) S (PaLM, appendix B).
+def model_flops_per_token(
+    *, matmul_parameters: int, layers: int, attention_width: int, sequence_length: int, window: int | None = None
+) -> int:
+    """FLOPs of one forward and backward pass, per token: 6 N + 12 L (H Q) S (PaLM, appendix B), with a window less of S.
 
     matmul_parameters: N, the parameters that multiply every token. A learned position table is left out, and so is the input
         embedding unless it is tied to the output projection.
     attention_width: query heads * head_dim (H Q).
-    sequence_length: S, in tokens. The term counts the full S x S attention: what a causal mask skips is not subtracted, so that
-        figures compare with published ones.
+    sequence_length: S, in tokens.
+    window: keys that a query sees, its own the last; None: all before it. See `attention_pairs`.
     """
-    return 6 * matmul_parameters + 12 * layers * attention_width * sequence_length
+    pairs = attention_pairs(sequence_length, window)
+    return 6 * matmul_parameters + 12 * layers * attention_width * pairs // sequence_length
+
+
+def attention_pairs(sequence_length: int, window: int | None = None) -> int:
+    """Pairs of query and key that attention's FLOPs are counted by: S^2, or those less than `window` positions apart.
+
+    On both sides of the diagonal, as the S^2 of PaLM's formula: one side is what the causal mask skips. Exactly 2 V - S, where V pairs
+    are visible.
+    """
+    beyond = 0 if window is None else max(0, sequence_length - window)
+    return sequence_length**2 - beyond * (beyond + 1)
 
 
 def hardware_flops_per_token(
@@ -30,21 +44,22 @@ def hardware_flops_per_token(
     layers: int,
     attention_width: int,
     sequence_length: int,
+    window: int | None = None,
     activation_checkpointing: Literal["none", "full"],
 ) -> int:
     """`model_flops_per_token` plus what activation checkpointing recomputes; the arguments it shares mean the same.
 
     "full" runs the forward pass of every block once more, as far as the backward needs it: 2 FLOPs a recomputed parameter and
-    4 L (H Q) S for attention. The output projection is not recomputed. What a fused attention backward recomputes inside the kernel is
-    not counted.
+    4 L (H Q) S for attention, with a window as above. The output projection is not recomputed. What a fused attention backward
+    recomputes inside the kernel is not counted.
 
     recomputed_parameters: the part of matmul_parameters that checkpointed blocks multiply again.
     """
     flops = model_flops_per_token(
-        matmul_parameters=matmul_parameters, layers=layers, attention_width=attention_width, sequence_length=sequence_length
+        matmul_parameters=matmul_parameters, layers=layers, attention_width=attention_width, sequence_length=sequence_length, window=window
     )
     if activation_checkpointing == "full":
-        flops += 2 * recomputed_parameters + 4 * layers * attention_width * sequence_length
+        flops += 2 * recomputed_parameters + 4 * layers * attention_width * attention_pairs(sequence_length, window) // sequence_length
     return flops
 
 

@@ -23,7 +23,7 @@ class Meter:
         self.tokens_per_step = config.train.global_batch_size * model.sequence_length
         self.parameters = count_parameters(model)
         shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,
-                 "sequence_length": model.sequence_length}
+                 "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)
         self.hardware_flops_per_token = hardware_flops_per_token(
             **shape, recomputed_parameters=self.parameters["recomputed"], activation_checkpointing=config.train.activation_checkpointing)

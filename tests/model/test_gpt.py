@@ -1,13 +1,15 @@
+import itertools
 import math
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import GPTConfig
+from model.config import AttentionConfig, GPTConfig
 from model.gpt import GPT, IGNORED_LABEL, count_parameters, rotary_table, rotate
 from training.flops import hardware_flops_per_token, model_flops_per_token
 
+END_OF_TEXT = 0
 SMALL = {"layers": 2, "hidden_size": 32, "heads": 4, "vocab_size": 50, "sequence_length": 16}
 DIALECTS = {
     "gpt2": {},
@@ -16,9 +18,10 @@ DIALECTS = {
 }
 
 
-def build(backend="eager", **fields) -> GPT:
+def build(attention=None, **fields) -> GPT:
     torch.manual_seed(0)
-    return GPT(GPTConfig(**{**SMALL, **fields}).resolved(), attention_backend=backend)
+    attention = AttentionConfig(**{"backend": "eager", **(attention or {})})
+    return GPT(GPTConfig(**{**SMALL, **fields}).resolved(), attention, end_of_text=END_OF_TEXT)
 
 
 @pytest.fixture(params=DIALECTS.values(), ids=DIALECTS)
@@ -53,82 +56,83 @@ def test_backends_give_the_same_model(model):
 
 
 VARIANTS = {
-    "window": {"attention_window": 4},
-    "documents": {"end_of_text": 0},
+    "window": {"attention": {"window": 4}},
+    "documents": {"attention": {"document_mask": True}},
     "alibi": {"positions": "alibi"},
-    "dropout": {"attention_dropout": 0.3},
+    "all": {"positions": "alibi", "kv_heads": 2, "attention": {"window": 4, "document_mask": True}},
 }
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
-def variant(request):
-    return build_variant(**request.param)
+@pytest.mark.parametrize("backend", ["eager", "tiled"])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_what_attention_sees_is_what_was_asked_for(variant, backend):
+    """The last layer's output, from its own queries, keys and values, by the definitions, one query at a time."""
+    model, tokens = build(**variant), torch.randint(1, 50, (2, 16))
+    tokens[0, [0, 5]] = tokens[1, [7, 8, 15]] = END_OF_TEXT
+    layer, seen = model.blocks[-1].attention, {}
+    layer.backend = backend
+    layer.qkv.register_forward_hook(lambda module, inputs, output: seen.update(qkv=output))
+    layer.projection.register_forward_pre_hook(lambda module, inputs: seen.update(out=inputs[0]))
+    model(tokens)
 
-
-def build_variant(**options) -> GPT:
-    torch.manual_seed(0)
-    fields = {key: options.pop(key) for key in ("positions", "layers") if key in options}
-    return GPT(GPTConfig(**{**SMALL, **fields}).resolved(), attention_backend="tiled", **options)
-
-
-def test_variants_of_attention_learn_the_same_recomputed(variant):
-    tokens = torch.randint(50, (2, 16))
-    tokens[:, 5] = 0
-    losses, gradients = [], []
-    for backend, mode in (("tiled", "none"), ("tiled", "full"), ("eager", "none")):
-        variant.activation_checkpointing = mode
-        for block in variant.blocks:
-            block.attention.backend = backend
-        variant.zero_grad()
-        torch.manual_seed(3)
-        losses.append(variant(tokens, tokens.roll(-1, 1)))
-        losses[-1].backward()
-        gradients.append([p.grad.clone() for p in variant.parameters()])
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(losses[0], losses[2])
-    torch.testing.assert_close(gradients[0], gradients[1])
-    torch.testing.assert_close(gradients[0], gradients[2])
-
-
-def test_a_window_hides_what_lies_before_it():
-    model = build_variant(attention_window=4, layers=1)
-    tokens = torch.randint(50, (1, 16))
-    changed = tokens.clone()
-    changed[:, 5] = (changed[:, 5] + 1) % 50
-    same = (model(tokens) - model(changed)).abs().amax(-1)[0] < 1e-6
-    assert same.tolist() == [True] * 5 + [False] * 4 + [True] * 7
+    heads, kv_heads, asked = 4, variant.get("kv_heads", 4), variant.get("attention", {})
+    q, k, v = seen["qkv"].view(2, 16, heads + 2 * kv_heads, 8).split([heads, kv_heads, kv_heads], dim=2)
+    for row, query, head in itertools.product(range(2), range(16), range(heads)):
+        keys = [key for key in range(query + 1)
+                if query - key < asked.get("window", 16)
+                and not ("document_mask" in asked and END_OF_TEXT in tokens[row, key + 1 : query + 1])]  # fmt: skip
+        scores = torch.stack([q[row, query, head] @ k[row, key, head * kv_heads // heads] / 8**0.5 for key in keys])
+        if variant.get("positions") == "alibi":
+            scores = scores - (1 / 4, 1 / 16, 1 / 64, 1 / 256)[head] * torch.tensor([float(query - key) for key in keys])
+        expected = scores.softmax(0) @ v[row, keys, head * kv_heads // heads]
+        torch.testing.assert_close(seen["out"].view(2, 16, heads, 8)[row, query, head], expected)
 
 
 @pytest.mark.parametrize("positions", ["rope", "alibi"])
 def test_packed_documents_are_as_if_alone(positions):
-    model = build_variant(end_of_text=0, positions=positions)
-    tokens = torch.randint(1, 50, (1, 16))
-    tokens[0, 6] = 0
-    torch.testing.assert_close(model(tokens), torch.cat((model(tokens[:, :7]), model(tokens[:, 7:])), dim=1))
+    model = build(positions=positions, attention={"document_mask": True})
+    tokens = torch.randint(1, 50, (2, 16))
+    tokens[0, 6] = tokens[1, 11] = END_OF_TEXT
+    packed = model(tokens)
+    for row, start in ((0, 6), (1, 11)):
+        torch.testing.assert_close(packed[row, :start], model(tokens[row : row + 1, :start])[0])
+        torch.testing.assert_close(packed[row, start:], model(tokens[row : row + 1, start:])[0])
     model.end_of_text = None
-    assert not torch.allclose(model(tokens)[:, 7:], model(tokens[:, 7:]))
+    assert not torch.allclose(model(tokens)[0, 6:], packed[0, 6:])
 
 
-def test_alibi_has_no_position_table_and_tells_positions_apart():
-    model = build_variant(positions="alibi")
-    assert model.position_embedding is None
-    repeated, other = torch.tensor([[5, 9, 7, 7]]), torch.tensor([[9, 5, 7, 7]])
-    assert not torch.allclose(model(repeated)[0, -1], model(other)[0, -1], atol=1e-5)
+def test_a_document_mask_needs_to_know_where_documents_end():
+    with pytest.raises(ValueError, match="attention.document_mask.*end_of_text"):
+        GPT(GPTConfig(**SMALL).resolved(), AttentionConfig(document_mask=True))
 
 
-def test_attention_dropout_acts_while_training_alone():
-    model, tokens = build_variant(attention_dropout=0.5), torch.randint(50, (2, 16))
-    assert not torch.allclose(model(tokens), model(tokens))
+def test_alibi_has_no_position_table():
+    assert build(positions="alibi").position_embedding is None
+
+
+def test_attention_dropout_acts_while_training_alone_and_alike_in_every_backend():
+    model, tokens = build(attention={"dropout": 0.5}), torch.randint(50, (2, 16))
+    torch.manual_seed(3)
+    dropped = model(tokens)
+    assert not torch.allclose(model(tokens), dropped)
+    for block in model.blocks:
+        block.attention.backend = "tiled"
+    torch.manual_seed(3)
+    torch.testing.assert_close(model(tokens), dropped)
     model.eval()
     assert torch.equal(model(tokens), model(tokens))
 
 
-def test_full_checkpointing_changes_no_gradient(model):
+@pytest.mark.parametrize("options", [*DIALECTS.values(), *VARIANTS.values(), {"dropout": 0.2, "attention": {"dropout": 0.3}}],
+                         ids=[*DIALECTS, *VARIANTS, "dropout"])  # fmt: skip
+def test_full_checkpointing_changes_no_gradient(options):
+    model = build(**{**options, "attention": {**options.get("attention", {}), "backend": "tiled"}})
     tokens, labels = torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
     gradients = []
     for mode in ("none", "full"):
         model.activation_checkpointing = mode
         model.zero_grad()
+        torch.manual_seed(3)
         model(tokens, labels).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -166,7 +170,7 @@ def test_rotation_depends_on_distance_alone():
 def test_rotary_angles_are_exact_in_bf16_models():
     model = build(positions="rope").bfloat16()
     captured = []
-    model.blocks[0].register_forward_pre_hook(lambda module, inputs: captured.append(inputs[1]))
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs, named: captured.append(named["rotary"]), with_kwargs=True)
     model(torch.randint(50, (1, 16)))
     assert captured[0].dtype == torch.float32
 
@@ -190,7 +194,7 @@ def test_flops_formulas_agree_with_counted_flops(dropout):
     shape = {"matmul_parameters": parameters["matmul"], "layers": 4, "attention_width": 128, "sequence_length": 64}
 
     def counted(mode: str) -> float:
-        model = GPT(config, attention_backend="eager", activation_checkpointing=mode)
+        model = GPT(config, AttentionConfig(backend="eager"), activation_checkpointing=mode)
         with FlopCounterMode(display=False) as counter:
             model(torch.randint(512, (2, 64)), torch.randint(512, (2, 64))).backward()
         return counter.get_total_flops() / 128

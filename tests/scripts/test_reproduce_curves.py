@@ -1,4 +1,4 @@
-"""scripts/reproduce_curves.sh: whose Python it runs."""
+"""scripts/reproduce_curves.sh: whose Python it runs, and what it runs."""
 import os
 import shutil
 import subprocess
@@ -6,25 +6,50 @@ from pathlib import Path
 
 import pytest
 
+from training.config import load_config
+
 ROOT = Path(__file__).parents[2]
+
+
+def reproduce(folder: Path, part: str, *, has_venv: bool = False, gpus: int = 1) -> list[str]:
+    """The commands that a part runs, each after the folder of its program; the programs do nothing but tell."""
+    for name in ("scripts", "launch"):
+        (folder / name).mkdir()
+    shutil.copy(ROOT / "scripts/reproduce_curves.sh", folder / "scripts")
+    shutil.copy(ROOT / "launch/environment.sh", folder / "launch")
+    for place in ["own"] + [".venv/bin"] * has_venv:
+        (folder / place).mkdir(parents=True)
+        for name in ("python", "python3", "deepspeed"):
+            program = folder / place / name
+            program.write_text(f'#!/bin/sh\ncase $1 in -c) echo {gpus} ;; *) echo "{place} $*" ;; esac\n')
+            program.chmod(0o755)
+    if has_venv:
+        (folder / ".venv/bin/activate").write_text(f"PATH={folder}/.venv/bin:$PATH\n")
+    result = subprocess.run(["bash", folder / "scripts/reproduce_curves.sh", part], capture_output=True, text=True, timeout=60,
+                            env={"PATH": f"{folder}/own:{os.environ['PATH']}"})
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
 
 
 @pytest.mark.parametrize("has_venv", [True, False])
 def test_the_virtual_environment_is_used_where_there_is_one(tmp_path, has_venv):
-    for folder in ("scripts", "launch"):
-        (tmp_path / folder).mkdir()
-    shutil.copy(ROOT / "scripts/reproduce_curves.sh", tmp_path / "scripts")
-    shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
-    for folder in ["own"] + [".venv/bin"] * has_venv:
-        (tmp_path / folder).mkdir(parents=True)
-        for name in ("python", "python3"):
-            program = tmp_path / folder / name
-            program.write_text(f'#!/bin/sh\ncase $1 in -c) echo 1 ;; *) echo "{folder} $*" ;; esac\n')
-            program.chmod(0o755)
-    if has_venv:
-        (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
-    result = subprocess.run(["bash", tmp_path / "scripts/reproduce_curves.sh", "data"], capture_output=True, text=True, timeout=60,
-                            env={"PATH": f"{tmp_path}/own:{os.environ['PATH']}"})
-    assert result.returncode == 0, result.stderr
     used = ".venv/bin" if has_venv else "own"
-    assert result.stdout == f"{used} scripts/prepare_data.py --source python-source --tokenizer gpt2 --out data/python-source-gpt2\n"
+    command = "scripts/prepare_data.py --source python-source --tokenizer gpt2 --out data/python-source-gpt2"
+    assert reproduce(tmp_path, "data", has_venv=has_venv) == [f"{used} {command}"]
+
+
+@pytest.mark.parametrize("part, gpus, runs", [("seeds", 1, 8), ("seeds", 3, 8), ("documents", 1, 3), ("documents", 8, 3)])
+def test_short_runs_are_spread_over_the_gpus(tmp_path, part, gpus, runs):
+    *trained, compared = (line.split() for line in reproduce(tmp_path, part, gpus=gpus))
+    configs = {}
+    for words in trained:
+        file, *overrides = words[words.index("--config") + 1 :]
+        config, _ = load_config(ROOT / file, [each for each in overrides if not each.startswith("attention.backend=")])  # those need a GPU
+        configs[config.run.name] = config, words[words.index("--include") + 1]
+    assert len(configs) == len(trained) == runs
+    assert {device for _, device in configs.values()} == {f"localhost:{gpu}" for gpu in range(min(gpus, runs))}
+    assert compared[1] == "scripts/compare_runs.py" and f"docs/results/{part}.json" in compared
+    for config, _ in configs.values():
+        assert config.train.steps == 150 and config.run.output_dir == f"runs/{part}"
+        assert config.train.micro_batch_size * config.model.sequence_length == 32 * 1024
+        assert config.attention.document_mask == (part == "documents" and config.run.name != "triton-unmasked")

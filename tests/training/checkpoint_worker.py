@@ -11,19 +11,20 @@ import torch.distributed as dist
 
 import model.gpt
 from tests.checkpoint_contents import tensor_hashes
-from tests.training.zero_worker import configure, micro_batches, train_plainly
+from tests.training.zero_worker import END_OF_TEXT, configure, micro_batches, train_plainly
 from tests.training.zero_worker import train as train_all
-from training.checkpoints import Checkpoint, LoopState, find_checkpoint, load, save
+from training.checkpoints import Checkpoint, LoopState, check_fits, find_checkpoint, load, save
 from training.config import Config
-from training.distributed import end_process, gather, join_process_group
+from training.distributed import UserFault, end_process, gather, join_process_group
 from training.engine import build_engine, train_step
 
 LAYOUTS = list(itertools.product(range(4), ("fp32", "bf16")))
 SAVED_AT, END = 3, 6
+FEATURES = ["model.dropout=0.1", "attention.dropout=0.1", "attention.window=20", "attention.document_mask=true"]
 
 
 def configuration(stage: int, precision: str, *overrides: str) -> Config:
-    backend = "triton" if torch.cuda.is_available() else "sdpa"
+    backend = "triton" if torch.cuda.is_available() else "tiled"
     return configure(f"zero.stage={stage}", f"train.precision={precision}", f"attention.backend={backend}", f"train.steps={END}", "optimizer.lr=1e-2",
                      "optimizer.weight_decay=0.3", *overrides)
 
@@ -39,7 +40,7 @@ def write(engine, folder: Path, step: int, config: Config) -> Path:
 
 
 def resumed(checkpoint: Checkpoint, config: Config, scratch: Path) -> dict:
-    engine = build_engine(config, load_universal=checkpoint.needs_conversion(config))
+    engine = build_engine(config, end_of_text=END_OF_TEXT, load_universal=checkpoint.needs_conversion(config))
     load(engine, checkpoint, config, scratch=scratch)
     rows = train(engine, config, SAVED_AT, END)
     seen = {"rows": rows, "adam_steps": sorted({float(state["step"]) for state in engine.basic_optimizer.state.values()}),
@@ -50,11 +51,11 @@ def resumed(checkpoint: Checkpoint, config: Config, scratch: Path) -> dict:
 
 
 def same_layout(out: Path) -> dict:
-    """6 steps against 3, saved, loaded into a fresh engine, and 3 more, with dropout."""
+    """6 steps against 3, saved, loaded into a fresh engine, and 3 more, with dropout, also of attention, a window and documents."""
     seen = {}
     for stage, precision in LAYOUTS:
-        config, folder = configuration(stage, precision, "model.dropout=0.1"), out / f"{precision}-{stage}"
-        engine = build_engine(config)
+        config, folder = configuration(stage, precision, *FEATURES), out / f"{precision}-{stage}"
+        engine = build_engine(config, end_of_text=END_OF_TEXT)
         train(engine, config, 0, SAVED_AT)
         write(engine, folder, SAVED_AT, config)
         whole = train(engine, config, SAVED_AT, END)
@@ -85,6 +86,23 @@ def new_hyperparameters(out: Path) -> list:
     seen = [[group["weight_decay"] for group in groups], [group["eps"] for group in groups], engine.optimizer.clip_grad]
     engine.destroy()
     return seen
+
+
+def other_settings(out: Path) -> dict:
+    """What is told, or refused, where other settings of attention are asked for than the checkpoint's, or than an older one's, which has none."""
+    checkpoint = Checkpoint.read(out / "fp32-2" / "step_00000003")
+    older = Checkpoint(checkpoint.folder, checkpoint.saved | {"config": checkpoint.saved["config"] | {"attention": {"backend": "sdpa"}}})
+
+    def told(checkpoint: Checkpoint, *overrides: str) -> list[str] | str:
+        try:
+            return check_fits(checkpoint, configuration(2, "fp32", *FEATURES, *overrides), corpus_sha256="")
+        except UserFault as error:
+            return str(error)
+
+    changed = ["attention.window=12", "attention.document_mask=false", "attention.dropout=0.0"]
+    plain = ["attention.window=null", *changed[1:]]
+    return {"same": told(checkpoint), "changed": told(checkpoint, *changed), "positions": told(checkpoint, "model.positions=alibi"),
+            "older": told(older, *plain), "older changed": told(older, *plain[1:])}
 
 
 def initial_weights() -> dict:
@@ -150,6 +168,7 @@ def main() -> None:
     join_process_group()
     folder = out.parent / "checkpoints"
     seen = {"same_layout": same_layout(folder), "other_layouts": other_layouts(folder), "new_hyperparameters": new_hyperparameters(folder),
+            "other_settings": other_settings(folder),
             "initial_weights": initial_weights(), "not_finite": not_finite(folder), "plain": plain_and_zero()}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(seen))

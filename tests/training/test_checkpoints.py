@@ -46,6 +46,15 @@ def test_a_resumed_run_takes_its_hyperparameters_from_the_configuration(seen):
     assert seen["new_hyperparameters"] == [[0.5, 0.0], [1e-6, 1e-6], 0.25]
 
 
+def test_other_settings_of_attention_are_told_and_other_positions_refused(seen):
+    told = seen["other_settings"]
+    prefix = "changed since the checkpoint: attention."
+    assert told["same"] == told["older"] == []
+    assert told["changed"] == [f"{prefix}document_mask: True -> False", f"{prefix}dropout: 0.1 -> 0.0", f"{prefix}window: 20 -> 12"]
+    assert told["older changed"] == [f"{prefix}window: None -> 20"]
+    assert "does not fit this configuration" in told["positions"] and "model.positions: learned -> alibi" in told["positions"]
+
+
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(seen):
     assert len(seen["not_finite"]) == 8
     for layout, run in seen["not_finite"].items():

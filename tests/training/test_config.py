@@ -48,7 +48,7 @@ def test_shipped_configurations_load_and_have_the_parameters_their_comment_says(
 
 
 def test_the_shipped_configurations_are_all_there():
-    assert {"base", "quickstart", "gpt2-124m", "gpt2-355m", "gpt-1.3b", "llama-1b"} <= {path.stem for path in CONFIGS}
+    assert {"base", "quickstart", "gpt2-124m", "gpt2-124m-documents", "gpt2-355m", "gpt-1.3b", "llama-1b"} <= {path.stem for path in CONFIGS}
 
 
 def test_base_is_inherited_key_by_key_and_the_command_line_wins(load):
@@ -139,6 +139,11 @@ def test_a_mapping_on_the_command_line_is_merged_and_checked_for_duplicates(load
     ("attention: {backend: sdpaa}", "attention.backend: sdpaa is not known"),
     ("optimizer: {min_lr: 1.0}", "above optimizer.lr"),
     ("zero: {reduce_dtype: bf16}", "gradients of an fp32 run are fp32"),
+    ("attention: {window: 0}", "attention.window: input should be greater than 0"),
+    ("attention: {window: 64}\nmodel: {sequence_length: 64}", "attention.window: 64 keys hide nothing in sequences of 64; lower it, or use null"),
+    ("attention: {dropout: 1.0}", "attention.dropout: input should be less than 1"),
+    ("attention: {document_mask: 1}", "attention.document_mask: input should be a valid boolean"),
+    ("model: {positions: absolute}", "model.positions: input should be 'learned', 'rope' or 'alibi'"),
 ])
 def test_faults_name_the_file_and_the_remedy(load, text, expected):
     message = faults_of(lambda: load(run=text))
@@ -193,13 +198,33 @@ def test_a_run_is_named_by_its_file_and_what_the_command_line_changes_in_the_cur
     assert name("attention.backend=sdpa", "run.seed=2") == "gpt2-124m,backend=sdpa,seed=2"
     assert name("data.corpus=/somewhere/else/corpus", "run.seed=1", "run.seed=3") == "gpt2-124m,corpus=corpus,seed=3"
     assert name("run.seed=2", "run.name=mine") == "mine"
+    assert name("model.dropout=0.1", "attention.window=8") == "gpt2-124m,model.dropout=0.1,window=8", "two keys are called dropout"
     long = [f"data.corpus={'x' * 150}{end}" for end in "ab"]
     assert len(name(long[0])) == 120 and name(long[0]) != name(long[1])
     assert load_config("configs/gpt2-124m.yaml", ["run.seed=2"])[0].tracking.group == "gpt2-124m"
 
 
-def test_what_attention_is_asked_for_decides_which_backend_can(load):
+@pytest.mark.parametrize("key, refusal", [
+    ("attention.window=64", "has no sliding window; use tiled or eager, or do without attention.window"),
+    ("attention.document_mask=true", "has no documents given by document_ids; use tiled or eager, or do without attention.document_mask"),
+    ("attention.dropout=0.1", "or do without attention.dropout"),
+    ("model.positions=alibi", "has no ALiBi; use tiled or eager, or do without model.positions: alibi"),
+])
+def test_what_attention_is_asked_for_decides_which_backend_can(monkeypatch, load, key, refusal):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = load(key, run="")
+    assert config.attention.backend == "tiled"
+    section, name = key.partition("=")[0].split(".")
+    assert getattr(getattr(config, section), name) != getattr(getattr(Config(), section), name)
+    message = faults_of(lambda: load(key, "attention.backend=sdpa", run=""))
+    assert "attention.backend: sdpa " in message and refusal in message
+    assert "do without" not in faults_of(lambda: load(key, "attention.backend=hopper", run="")), "it needs a GPU in any case"
+    both = faults_of(lambda: load("attention.window=64", "attention.dropout=0.1", "attention.backend=sdpa", run=""))
+    assert "or do without attention.window and attention.dropout" in both
+
+
+def test_auto_passes_over_a_backend_that_lacks_what_is_asked_for(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     for key in ("attention.window=64", "attention.dropout=0.1", "attention.document_mask=true", "model.positions=alibi"):
-        assert load(key, run="").attention.backend == "tiled"
-        assert "attention.backend: sdpa has no" in faults_of(lambda: load(key, "attention.backend=sdpa", run=""))
-    assert load("attention.window=64", run="").attention.window == 64
+        assert load_config("configs/gpt2-124m.yaml", [key])[0].attention.backend == "triton"

@@ -1,6 +1,6 @@
 import pytest
 
-from training.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from training.flops import attention_pairs, hardware_flops_per_token, model_flops_per_token, peak_flops
 
 # GPT-2 124M at 1024 tokens, by hand. Parameters that multiply every token: 12 blocks of 12 * 768^2 weights, 13 * 768 biases and norm
 # entries, the final norm (2 * 768), and the tied embedding padded to 50304 rows.
@@ -25,6 +25,21 @@ def test_full_checkpointing_adds_one_forward_of_the_blocks():
     assert plain == model_flops_per_token(**GPT2)
     # Blocks: 85,054,464 parameters twice, and a third of the attention term.
     assert full - plain == 2 * 85_054_464 + 113_246_208 // 3
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 15, 16, 40])
+def test_a_window_leaves_the_pairs_less_than_it_apart(window):
+    assert attention_pairs(16, window) == sum(abs(query - key) < (window or 16) for query in range(16) for key in range(16))
+    visible = sum(0 <= query - key < (window or 16) for query in range(16) for key in range(16))
+    assert attention_pairs(16, window) == 2 * visible - 16
+
+
+def test_flops_fall_with_the_window():
+    # 1,024 positions, 256 keys: 1024^2 - 768 * 769 = 457,984 pairs, 447.25 a token.
+    fall = 12 * 768 * (1024 - 447.25)
+    assert model_flops_per_token(**GPT2) - model_flops_per_token(**GPT2, window=256) == 12 * fall
+    full = {**GPT2, "recomputed_parameters": BLOCKS, "activation_checkpointing": "full"}
+    assert hardware_flops_per_token(**full) - hardware_flops_per_token(**full, window=256) == 16 * fall
 
 
 @pytest.mark.parametrize(

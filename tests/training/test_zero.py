@@ -32,6 +32,16 @@ def test_llama_dialect_trains_as_plain_pytorch(seen):
     assert_same_training(seen["llama"], seen["plain_llama"])
 
 
+def test_windows_documents_and_alibi_train_as_plain_pytorch(seen):
+    for run in seen["features"]:
+        assert_same_training(run, seen["plain_features"])
+
+
+def test_every_layer_is_given_the_same_tensor_of_documents(seen):
+    """DeepSpeed's stage 3 hands modules copies of positional tensors; each would be looked through anew."""
+    assert seen["documents_of_the_layers"] == [True, True]
+
+
 def test_loss_is_normalised_by_the_targets_of_the_global_batch(seen):
     """Labels are ignored unevenly, so that a mean over micro batches or ranks would differ."""
     assert seen["plain_ignored"]["losses"][0] != pytest.approx(seen["plain"]["losses"][0], rel=1e-5)

@@ -27,6 +27,8 @@ TINY = [
     "model.layers=2", "model.hidden_size=32", "model.heads=2", "model.kv_heads=1", "model.vocab_size=264", "model.sequence_length=32",
     "train.global_batch_size=8", "train.precision=fp32", "attention.backend=eager", "optimizer.warmup_steps=0", f"train.steps={STEPS}",
 ]
+END_OF_TEXT = 256
+FEATURES = ["model.positions=alibi", "attention.window=20", "attention.document_mask=true"]
 LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.tied_embeddings=false"]
 
 
@@ -39,6 +41,8 @@ def global_batch(config: Config, step: int, ignored: bool = False) -> tuple[torc
     """The same (tokens, labels) on every rank, int64 [global_batch, sequence]; ``ignored`` masks labels unevenly over the rows."""
     generator = torch.Generator().manual_seed(step)
     windows = torch.randint(257, (config.train.global_batch_size, config.model.sequence_length + 1), generator=generator)
+    if config.attention.document_mask:
+        windows[torch.rand(windows.shape, generator=generator) < 0.1] = END_OF_TEXT
     tokens, labels = windows[:, :-1].clone(), windows[:, 1:].clone()
     if ignored:
         for row in range(len(labels)):
@@ -53,7 +57,7 @@ def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tupl
 
 
 def train(config: Config, ignored: bool = False) -> dict:
-    engine = build_engine(config)
+    engine = build_engine(config, end_of_text=END_OF_TEXT)
     results = []
     for step in range(STEPS):
         results.append(train_step(engine, micro_batches(config, step, ignored), step, config))
@@ -64,7 +68,7 @@ def train(config: Config, ignored: bool = False) -> dict:
 def train_plainly(config: Config, ignored: bool = False) -> dict:
     """The same without DeepSpeed, processes or micro batches: the whole global batch in one forward and backward."""
     torch.manual_seed(config.run.seed)
-    model = GPT(config.model, attention_backend="eager")
+    model = GPT(config.model, config.attention.model_copy(update={"backend": "eager"}), end_of_text=END_OF_TEXT)
     o = config.optimizer
     optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=tuple(o.betas), eps=o.eps)
     losses, norms = [], []
@@ -121,6 +125,17 @@ def dropout_differs() -> dict:
     return {**runs, "loss_of_each_rank": losses}
 
 
+def documents_of_the_layers() -> list[bool]:
+    """Whether each layer is given the very tensor of document ids that the first one is, and with it what was made of it there."""
+    config, given = configure(*FEATURES), []
+    engine = build_engine(config, end_of_text=END_OF_TEXT)
+    for block in engine.module.blocks:
+        block.attention.register_forward_pre_hook(lambda module, inputs, named: given.append(named["document_ids"]), with_kwargs=True)
+    engine(*micro_batches(config, 0)[0])
+    engine.destroy()
+    return [ids is given[0] for ids in given]
+
+
 def evaluation(folder: Path) -> dict:
     """Validation over two ranks against one plain pass; samples on every rank."""
     tokenizer = load_tokenizer("bytes")
@@ -129,13 +144,13 @@ def evaluation(folder: Path) -> dict:
         write_corpus(folder, tokenizer=tokenizer, splits={"train": [text], "validation": [text[: 32 * 9 + 5], "é" * 20]}, provenance={})
     dist.barrier()
     corpus = Corpus.open(folder)
-    config = configure()
-    engine = build_engine(config)
+    config = configure(*FEATURES, "attention.dropout=0.5")
+    engine = build_engine(config, end_of_text=tokenizer.end_of_text)
     shape = {"sequence_length": 32, "batch_size": 2, "rank": dist.get_rank(), "world": dist.get_world_size(), "device": engine.device}
     found = evaluate(engine, validation_batches(corpus.split("validation"), sequences=None, **shape), corpus.token_bytes)
     some = evaluate(engine, validation_batches(corpus.split("validation"), sequences=3, **shape), corpus.token_bytes)
     torch.manual_seed(config.run.seed)
-    plain, split = GPT(config.model, attention_backend="eager").eval(), corpus.split("validation")
+    plain, split = GPT(config.model, config.attention, end_of_text=tokenizer.end_of_text).eval(), corpus.split("validation")
     nats = tokens = text_bytes = 0
     with torch.no_grad():
         for index in range(split.windows_covering_all(32)):
@@ -206,6 +221,10 @@ def main() -> None:
         "plain": train_plainly(configure()),
         "plain_llama": train_plainly(configure(*LLAMA)),
         "llama": train(configure(*LLAMA, "train.activation_checkpointing=full", "attention.backend=sdpa")),
+        "plain_features": train_plainly(configure(*FEATURES)),
+        "features": [train(configure(*FEATURES, "attention.backend=tiled", "train.activation_checkpointing=full")),
+                     train(configure(*FEATURES, "zero.stage=2"))],
+        "documents_of_the_layers": documents_of_the_layers(),
         "plain_ignored": train_plainly(configure(), ignored=True),
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
