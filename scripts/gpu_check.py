@@ -14,33 +14,27 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from statistics import median
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.plot_attention import by_pass, table  # noqa: E402
 from training.tracking import collect_environment  # noqa: E402
 
-TIMEOUTS = {"tests": 330, "kernel_times": 80, "training": 130}  # seconds, together nine minutes
-
-TOKENS, HIDDEN = 16384, 2048  # batch * seq and heads * head_dim of every timed case
-BACKENDS = ("hopper", "triton", "sdpa_flash", "sdpa_cudnn")
-ROUNDS = 3
+TIMEOUTS = {"tests": 310, "kernel_times": 100, "training": 130}  # seconds, together nine minutes
+WORKERS = min(12, os.cpu_count() or 1)  # several tests at a time: most of a test's seconds go into compiling its kernels, on the CPU
+BACKENDS, SEQS = ("hopper", "triton", "sdpa_flash", "sdpa_cudnn"), (1024, 4096, 16384)  # that are timed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "runs/gpu_check.json", metavar="OUT.json")
-    parser.add_argument("--kernel-times", action="store_true", help=argparse.SUPPRESS)  # this program's own second step
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("gpu_check: torch sees no CUDA GPU here; run it on a machine that has one", file=sys.stderr)
         return 2
-    if options.kernel_times:
-        options.out.write_text(json.dumps(time_kernels()))
-        return 0
     result = {"environment": collect_environment()}
     with tempfile.TemporaryDirectory() as folder:
         for name, step in (("tests", run_tests), ("kernel_times", run_kernel_times), ("training", run_training)):
@@ -69,8 +63,8 @@ def command(arguments: list, deadline: float) -> tuple[int | str, str]:
 
 def run_tests(folder: Path, deadline: float) -> dict:
     report = folder / "tests.xml"
-    # Several at a time: most of a test's seconds go into compiling its kernels, on the CPU.
-    code, output = command([sys.executable, "-m", "pytest", "-q", "-n", "6", "--dist", "loadgroup", "-m", "gpu", "tests", f"--junitxml={report}"], deadline)
+    tests = [sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--dist", "loadgroup", "-m", "gpu", "tests", f"--junitxml={report}"]
+    code, output = command(tests, deadline)
     if code not in (0, 1) or not report.exists():
         return {"passed": False, "exit_code": code, "output": output}
     suite = ElementTree.parse(report).getroot().find("testsuite")
@@ -86,48 +80,11 @@ def run_tests(folder: Path, deadline: float) -> dict:
 
 def run_kernel_times(folder: Path, deadline: float) -> dict:
     report = folder / "times.json"
-    code, output = command([sys.executable, __file__, "--kernel-times", report], deadline)
+    measure = [sys.executable, "scripts/benchmark_attention.py", "--out", report, "--passes", "forward", "backward", "--rounds", "3"]
+    code, output = command([*measure, "--seqs", *SEQS, "--backends", *BACKENDS], deadline)
     if code != 0:
         return {"passed": False, "exit_code": code, "output": output}
-    return {"passed": True, "unit": "TFLOP/s", "rows": json.loads(report.read_text())}
-
-
-def time_kernels() -> list[dict]:
-    """Medians of interleaved rounds; FLOPs are 4 batch heads seq^2 head_dim forward, 2.5 times that backward, half of both if causal."""
-    rows = []
-    for head_dim in (64, 128):
-        for causal in (True, False):
-            for seq in (1024, 4096, 16384):
-                row = {"head_dim": head_dim, "causal": causal, "seq": seq, "batch": TOKENS // seq, "heads": HIDDEN // head_dim}
-                flops = 4 * TOKENS * seq * HIDDEN / (2 if causal else 1)
-                for name, milliseconds in time_case(**row).items():
-                    row[name] = {"forward": flops / milliseconds["forward"] / 1e9, "backward": 2.5 * flops / milliseconds["backward"] / 1e9}
-                rows.append(row)
-    return rows
-
-
-def time_case(head_dim: int, causal: bool, seq: int, batch: int, heads: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each backend that can do it, bfloat16."""
-    from triton.testing import do_bench
-
-    from kernels.attention import attention, unsupported
-
-    q, k, v = (torch.randn(batch, seq, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv")
-    dout = torch.randn_like(q)
-    asked = dict(device_type="cuda", dtype=q.dtype, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability())
-    measured = {name: {"forward": [], "backward": []} for name in BACKENDS if unsupported(name, **asked) is None}
-    for _ in range(ROUNDS):
-        for name, times in measured.items():
-
-            def forward(backend=name):
-                return attention(q, k, v, causal=causal, backend=backend)
-
-            def backward(out=forward()):
-                return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-
-            times["forward"].append(do_bench(forward, warmup=10, rep=40, return_mode="median"))
-            times["backward"].append(do_bench(backward, warmup=10, rep=60, return_mode="median"))
-    return {name: {which: median(rounds) for which, rounds in times.items()} for name, times in measured.items()}
+    return {"passed": True, **json.loads(report.read_text())}
 
 
 def run_training(folder: Path, deadline: float) -> dict:
@@ -158,11 +115,7 @@ def summary(result: dict) -> str:
     lines += [line for precision in ("bf16", "fp32") if precision in training for line in (training[precision][0], training[precision][-1])]
     lines += [step["output"] for step in (tests, times, training) if "output" in step]
     if "rows" in times:
-        lines.append("TFLOP/s forward/backward, bf16      " + "".join(f"{name:>14}" for name in BACKENDS))
-        for row in times["rows"]:
-            cells = (f"{row[name]['forward']:.0f}/{row[name]['backward']:.0f}" if name in row else "-" for name in BACKENDS)
-            mask = "causal" if row["causal"] else "full"
-            lines.append(f"  head_dim {row['head_dim']:>3}  {mask:6}  seq {row['seq']:>5}     " + "".join(f"{cell:>14}" for cell in cells))
+        lines += [table(rows, "TFLOP/s", times) for rows in by_pass(times["rows"]).values()]
     return "\n".join(lines)
 
 

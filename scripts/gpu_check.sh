@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can check, in at most five minutes: every GPU test, kernel times beside PyTorch's, a short training run.
+# Everything that only a GPU can check, in at most nine minutes: every GPU test, kernel times beside PyTorch's, whether training learns.
 #   bash scripts/gpu_check.sh [OUT.json]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -23,7 +23,8 @@ def train(tmp_path_factory):
         done = deepspeed_run(
             "train.py", "--config", "configs/gpt2-124m.yaml", f"run.output_dir={folder}", f"run.name={name}", f"data.corpus={folder}/sonnet",
             "train.steps=20", "train.global_batch_size=8", "train.micro_batch_size=null", "train.gradient_accumulation_steps=1", "optimizer.warmup_steps=5",
-            "model.dropout=0.1", "attention.dropout=0.1", "attention.window=256", "attention.backend=triton", "checkpoint.every=5", "checkpoint.keep_last=4",
+            "model.dropout=0.1", "attention.dropout=0.1", "attention.window=256", "attention.backend=triton",
+            "checkpoint.every=5", "checkpoint.keep_last=4",
             "sample.tokens=0", "tracking.wandb=disabled", *overrides, processes=gpus, gpus=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return folder / name, [(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / name)[0]]
@@ -42,9 +43,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(train, gpus):
 @pytest.mark.gpu(count=2)
 def test_a_run_goes_on_with_fewer_and_with_more_gpus(train):
     most = torch.cuda.device_count()
-    whole, rows = train("elastic-whole", most, "model.dropout=0.0")
-    fewer, middle = train("elastic-fewer", 1, "model.dropout=0.0", f"checkpoint.resume={whole}/checkpoints/step_00000005")
-    _, end = train("elastic-more", most, "model.dropout=0.0", f"checkpoint.resume={fewer}/checkpoints/step_00000010")
+    whole, rows = train("elastic-whole", most, "model.dropout=0.0", "attention.dropout=0.0")
+    fewer, middle = train("elastic-fewer", 1, "model.dropout=0.0", "attention.dropout=0.0", f"checkpoint.resume={whole}/checkpoints/step_00000005")
+    _, end = train("elastic-more", most, "model.dropout=0.0", "attention.dropout=0.0", f"checkpoint.resume={fewer}/checkpoints/step_00000010")
     for found in (middle, end):
         expected = rows[-len(found):]
         assert [row[0] for row in found] == [row[0] for row in expected]

@@ -37,3 +37,16 @@ def test_training_passes_when_both_precisions_learn_as_they_did(tmp_path, monkey
     for fails in ("scripts/prepare_data.py", "train.precision=bf16", "attention.backend=triton"):
         failed = outcome(fails)
         assert not failed["passed"] and failed["exit_code"] == 1 and fails in failed["command"]
+
+
+def test_kernel_times_are_those_of_the_benchmark(tmp_path, monkeypatch):
+    """On the CPU, which the benchmark takes where there is no GPU."""
+    monkeypatch.setattr(gpu_check, "BACKENDS", ("eager", "sdpa"))
+    monkeypatch.setattr(gpu_check, "SEQS", (128,))
+    times = gpu_check.run_kernel_times(tmp_path, time.monotonic() + 100)
+    assert times["passed"] and {row["pass"] for row in times["rows"]} == {"forward", "backward"}
+    step = {"passed": True, "seconds": 1.0}
+    environment = collect_environment() | {"gpu_name": "NVIDIA H200"}
+    text = gpu_check.summary({"environment": environment, "tests": step, "kernel_times": step | times, "training": step})
+    assert all(row["series"] in text for row in times["rows"])
+    assert f"{times['rows'][0]['measured']['sdpa']['tflops']:.3g}" in text
