@@ -35,6 +35,8 @@ Masked tiles come first in an item, so the loop over the rest has no mask. Score
 Names carry their shape: M the 64 queries of a warpgroup, N keys of a tile, D head_dim. Distributed layouts are those of the matrix unit's
 accumulator: a row lies in four lanes of one warp, so its maximum is two shuffles away, and its sum is left apart in those four lanes until
 the end. P as a left operand (p_MN) has the same elements in the same threads, in half precision.
+
+`problem.mark` reads the clock for scripts/trace_attention.py, which draws the pipeline as it ran. Without a trace it compiles to nothing.
 """
 
 import math
@@ -61,6 +63,15 @@ LOAD_REGISTERS = 24  # the least that setmaxnreg takes
 LN_2 = gl.constexpr(math.log(2))
 L2_FOR_KEYS = 32 << 20  # bytes of K and V that stay in L2 (50 MB on an H100) beside the Q and O that stream through
 GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+# What a trace notes of each tile of keys. An item is taken at its first tile and stored at its last.
+EVENTS = (
+    *("item taken", "keys requested", "values requested"),
+    *("scores issued", "scores ready", "softmax done", "output issued", "output ready", "item stored"),
+)
+ITEM_TAKEN, KEYS_REQUESTED, VALUES_REQUESTED, *_COMPUTING, ITEM_STORED = map(gl.constexpr, range(len(EVENTS)))
+SCORES_ISSUED, SCORES_READY, SOFTMAX_DONE, OUTPUT_ISSUED, OUTPUT_READY = _COMPUTING
+EVENT_COUNT = gl.constexpr(len(EVENTS))
+TRACE_TILES = gl.constexpr(512)  # of each program the first; the last place takes what comes later
 
 
 @aggregate
@@ -77,9 +88,10 @@ class Problem:
     HIDE_SECOND: gl.constexpr
     OVERLAP: gl.constexpr
     TURNS: gl.constexpr
+    trace: gl.tensor | gl.constexpr  # None, or where `mark` writes: int64 [programs, WARPGROUPS + 1, TRACE_TILES, EVENTS]
 
     @gluon.constexpr_function
-    def __init__(self, seq_q, seq_k, WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS):
+    def __init__(self, seq_q, seq_k, WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS, trace):
         self.seq_q = seq_q
         self.seq_k = seq_k
         self.WARPGROUPS = gl.constexpr(WARPGROUPS)
@@ -90,6 +102,7 @@ class Problem:
         self.HIDE_SECOND = gl.constexpr(HIDE_SECOND)
         self.OVERLAP = gl.constexpr(OVERLAP)
         self.TURNS = gl.constexpr(TURNS)
+        self.trace = gl.constexpr(None) if trace is None else trace
 
     @gluon.jit
     def key_tiles(self, first_query, COUNT: gl.constexpr):
@@ -115,6 +128,13 @@ class Problem:
     def turn(self, warpgroup):
         return FIRST_FREE_BARRIER + 2 * self.STAGES + Q_SLOTS + warpgroup
 
+    @gluon.jit
+    def mark(self, partition: gl.constexpr, EVENT: gl.constexpr, step):
+        """With a trace, notes the multiprocessor's clock as that of an event of tile `step`. The loading warp is the last partition."""
+        if self.trace is not None:
+            instructions: gl.constexpr = _note_clock(partition, gl.num_warps(), EVENT)
+            gl.inline_asm_elementwise(instructions, "=r,l,r,~{memory}", [self.trace.to(gl.int64), step], gl.int32, False, 1)
+
 
 @aggregate
 class Shared:
@@ -139,6 +159,19 @@ class Shared:
         self.q_full = q_full
         self.k_full = k_full
         self.v_full = v_full
+
+
+@gluon.constexpr_function
+def _note_clock(partition, warps, event):
+    """Stores the clock for tile $2 where the program's trace, $1, keeps this event. Of each partition one warp does, those that share one
+    scheduler and its part of the matrix units. (Were it chosen by %tid, ptxas would keep no address in uniform registers, and spill.)"""
+    first = 8 * (partition * TRACE_TILES.value * EVENT_COUNT.value + event)
+    return (
+        "{ .reg .pred stores; .reg .u32 warp, tile; .reg .u64 clock, place; mov.u64 clock, %clock64;"
+        f" mov.u32 warp, %warpid; and.b32 warp, warp, {warps - 1}; setp.eq.u32 stores, warp, 0;"
+        f" min.u32 tile, $2, {TRACE_TILES.value - 1}; mad.wide.u32 place, tile, {8 * EVENT_COUNT.value}, $1;"
+        f" @stores st.global.u64 [place + {first}], clock; mov.u32 $0, 0; }}"
+    )
 
 
 @gluon.constexpr_function
@@ -221,6 +254,7 @@ def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
         slot = taken % Q_SLOTS
         if taken >= Q_SLOTS:
             synchronise(problem.q_free(slot), THREADS)
+        problem.mark(WARPGROUPS, ITEM_TAKEN, step)
         hand_over(shared, slot, batch, head, first_query)
         mbarrier.expect(shared.q_full.index(slot), WARPGROUPS * q_desc.block_type.nbytes)
         for i in gl.static_range(WARPGROUPS):
@@ -233,10 +267,12 @@ def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
             place = [batch, head // group, (tiles - 1 - i) * problem.KEYS, 0]
             if step >= STAGES:
                 synchronise(problem.k_free(stage), THREADS)
+            problem.mark(WARPGROUPS, KEYS_REQUESTED, step)
             mbarrier.expect(shared.k_full.index(stage), k_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(k_desc, place, shared.k_full.index(stage), shared.k.index(stage))
             if step >= STAGES:
                 synchronise(problem.v_free(stage), THREADS)
+            problem.mark(WARPGROUPS, VALUES_REQUESTED, step)
             mbarrier.expect(shared.v_full.index(stage), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, place, shared.v_full.index(stage), shared.v.index(stage))
             step += 1
@@ -305,6 +341,7 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
         q_MD = shared.q.index(slot * WARPGROUPS + INDEX).reshape([QUERIES, HEAD_DIM])
         tiles = problem.key_tiles(tile_query, WARPGROUPS * QUERIES)
         item_end = step + tiles
+        problem.mark(INDEX, ITEM_TAKEN, step)
         if problem.CAUSAL:  # tiles that other warpgroups of the program see, and this one does not
             own = gl.where(first_query < problem.seq_q, problem.key_tiles(first_query, QUERIES), 1)
             for _ in range(tiles - own):
@@ -321,7 +358,9 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
         stage = step % STAGES
         mbarrier.wait(shared.k_full.index(stage), step // STAGES & 1)
         k_DN = shared.k.index(stage).reshape([KEYS, HEAD_DIM]).permute((1, 0))
+        problem.mark(INDEX, SCORES_ISSUED, step)
         s_MN = warpgroup_mma_wait(0, deps=(warpgroup_mma(q_MD, k_DN, zero_MN, use_acc=False, is_async=True),))
+        problem.mark(INDEX, SCORES_READY, step)
         arrive(problem.k_free(stage), THREADS)
         if problem.HIDE_FIRST:
             s_MN = hide(s_MN, first_query, (tiles - 1) * KEYS, problem)
@@ -332,6 +371,7 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
         sum_M4 = sum_apart(p_MN)
         p_MN = gl.convert_layout(p_MN.to(out_desc.dtype), p_layout)
         acc_MD = gl.full([QUERIES, HEAD_DIM], 0.0, gl.float32, out_layout)
+        problem.mark(INDEX, SOFTMAX_DONE, step)
         mbarrier.wait(shared.k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=tiles > 1)
         for i in range(1, tiles):
             v_stage = step % STAGES
@@ -343,12 +383,15 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
             if problem.OVERLAP:
                 if problem.TURNS:
                     synchronise(problem.turn(INDEX), 2 * WARPGROUP)
+                problem.mark(INDEX, SCORES_ISSUED, step)
                 scores = warpgroup_mma(q_MD, k_DN, zero_MN, use_acc=False, is_async=True)
                 mbarrier.wait(shared.v_full.index(v_stage), v_phase)
+                problem.mark(INDEX, OUTPUT_ISSUED, step - 1)
                 output = warpgroup_mma(p_MN, v_ND, acc_MD, is_async=True)
                 if problem.TURNS:
                     arrive(problem.turn(NEXT), 2 * WARPGROUP)
                 s_MN = warpgroup_mma_wait(1, deps=(scores,))
+                problem.mark(INDEX, SCORES_READY, step)
             else:
                 mbarrier.wait(shared.v_full.index(v_stage), v_phase)
                 acc_MD = warpgroup_mma_wait(0, deps=(warpgroup_mma(p_MN, v_ND, acc_MD, is_async=True),))
@@ -363,10 +406,12 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
             exp_MN = gl.exp2(s_MN * scale_log2 - gl.expand_dims(new_max_M, 1))
             sum_M4 = times_rows(sum_M4, rescale_M) + sum_apart(exp_MN)
             max_M = new_max_M
+            problem.mark(INDEX, SOFTMAX_DONE, step)
             # Here, not where K is used: a wait's spin ends ptxas's block, and within one block ptxas waits for the output before the exp2.
             mbarrier.wait(shared.k_full.index((step + 1) % STAGES), (step + 1) // STAGES & 1, pred=i + 1 < tiles)
             if problem.OVERLAP:
                 acc_MD = warpgroup_mma_wait(0, deps=(output,))
+                problem.mark(INDEX, OUTPUT_READY, step - 1)
                 arrive(problem.v_free(v_stage), THREADS)
             acc_MD = times_rows(acc_MD, rescale_M)
             p_MN = gl.convert_layout(exp_MN.to(out_desc.dtype), p_layout)
@@ -375,7 +420,9 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
         stage = step % STAGES
         mbarrier.wait(shared.v_full.index(stage), step // STAGES & 1)
         v_ND = shared.v.index(stage).reshape([KEYS, HEAD_DIM])
+        problem.mark(INDEX, OUTPUT_ISSUED, step)
         acc_MD = warpgroup_mma_wait(0, deps=(warpgroup_mma(p_MN, v_ND, acc_MD, is_async=True),))
+        problem.mark(INDEX, OUTPUT_READY, step)
         arrive(problem.v_free(stage), THREADS)
         step = item_end
 
@@ -392,6 +439,7 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
             row_M = (batch * out_desc.shape[1] + head).to(gl.int64) * problem.seq_q + query_M
             gl.store(lse + row_M, (max_M + gl.log2(sum_M)) * LN_2, mask=query_M < problem.seq_q)
 
+        problem.mark(INDEX, ITEM_STORED, step - 1)
         taken += 1
         slot = taken % Q_SLOTS
         mbarrier.wait(shared.q_full.index(slot), taken // Q_SLOTS & 1)
@@ -401,14 +449,16 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
 
 @gluon.jit(do_not_specialize=["heads_at_once"])
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse, counter, scale_log2, heads_at_once,
+    q_desc, k_desc, v_desc, out_desc, lse, counter, trace, scale_log2, heads_at_once,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
     CAUSAL: gl.constexpr, HIDE_FIRST: gl.constexpr, HIDE_SECOND: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Allocates shared memory, initialises the full barriers and starts the partitions. Descriptors are [batch, heads, seq, head_dim]."""
     KEYS: gl.constexpr = k_desc.block_type.shape[2]
+    if trace is not None:
+        trace += gl.program_id(0) * (WARPGROUPS + 1) * TRACE_TILES * EVENT_COUNT
     problem = Problem(
-        q_desc.shape[2], k_desc.shape[2], WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS
+        q_desc.shape[2], k_desc.shape[2], WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS, trace
     )  # fmt: skip
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     shared = Shared(
@@ -522,26 +572,21 @@ def _multiprocessors(device: torch.device) -> int:
 _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
 
 
-def _launch(programs: int, q, k, v, out, lse, scale_log2: float, heads_at_once: int, tile: HopperTile, of: Constants) -> None:
+def _launch(programs: int, q, k, v, out, lse, trace, scale_log2: float, heads_at_once: int, tile: HopperTile, of: Constants) -> None:
     """Finds the compiled kernel by all that it depends on, which takes Triton some 30 microseconds longer."""
     arguments = (
         _descriptor(q, QUERIES.value), _descriptor(k, tile.keys), _descriptor(v, tile.keys), _descriptor(out, QUERIES.value),
-        lse, _work_counter(q.device), scale_log2, heads_at_once, *of,
+        lse, _work_counter(q.device), trace, scale_log2, heads_at_once, *of,
     )  # fmt: skip
-    key = q.device.index, q.dtype, q.shape[3], tile, of
+    key = q.device.index, q.dtype, q.shape[3], tile, of, trace is None
     if key in _compiled:
         _compiled[key][(programs, 1, 1)](*arguments)
     else:
         _compiled[key] = forward_kernel[(programs, 1, 1)](*arguments, **compile_options(tile))
 
 
-@torch.library.custom_op("recipe::hopper_attention_forward", mutates_args=())
-def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
-
-    float16 or bfloat16, head_dim 64 or 128. Strided tensors are read in place where TMA can: every row aligned to 16 bytes, the last
-    dimension dense; others are copied.
-    """
+def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_forward` past the dispatcher; with a `new_trace`, the kernel that fills it."""
     out, lse = outputs(q, k, v, causal, scale)
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads = k.shape[1:3]
@@ -555,8 +600,30 @@ def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal:
     heads_at_once = max(1, L2_FOR_KEYS // (4 * seq_k * head_dim)) * (heads // kv_heads)  # 4: two bytes in K, two in V
     q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
     with torch.cuda.device_of(q):
-        _launch(programs, q, k, v, out, lse, scale * LOG2_E, heads_at_once, tile, constants(tile, causal, seq_q, seq_k))
+        _launch(programs, q, k, v, out, lse, trace, scale * LOG2_E, heads_at_once, tile, constants(tile, causal, seq_q, seq_k))
     return out, lse
+
+
+def new_trace(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
+    """What `launch_forward` fills: multiprocessors' clocks, int64 [programs, warpgroups + 1, TRACE_TILES, EVENTS]; 0: did not happen.
+
+    ValueError for a tile without overlap, whose loop has no `mark`.
+    """
+    tile = hopper_tile(q.shape[3], causal, q.shape[1], k.shape[1])
+    if not tile.overlap:
+        raise ValueError("no trace of a kernel without overlap (head_dim 64, causal, up to 2048 keys or an odd diagonal): take longer rows")
+    shape = _multiprocessors(q.device), tile.warpgroups + 1, TRACE_TILES.value, len(EVENTS)
+    return torch.zeros(shape, dtype=torch.int64, device=q.device)
+
+
+@torch.library.custom_op("recipe::hopper_attention_forward", mutates_args=())
+def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
+
+    float16 or bfloat16, head_dim 64 or 128. Strided tensors are read in place where TMA can: every row aligned to 16 bytes, the last
+    dimension dense; others are copied.
+    """
+    return launch_forward(q, k, v, causal, scale)
 
 
 attention_forward.register_fake(outputs)

@@ -1,8 +1,9 @@
 """Compiles the Hopper kernel for a GPU that need not be present, as `attention` would launch it, and prints one JSON line for each case.
 
-    python tests/kernels/compile_hopper.py bfloat16,64,causal,4096,4096 ...
+    python tests/kernels/compile_hopper.py bfloat16,64,causal,4096,4096 bfloat16,128,full,4096,4096,traced ...
 
-A program of its own: it needs Triton without TRITON_INTERPRET. A case is dtype, head_dim, causal or full, seq_q and seq_k.
+A program of its own: it needs Triton without TRITON_INTERPRET. A case is dtype, head_dim, causal or full, seq_q, seq_k, and traced for the
+kernel that scripts/trace_attention.py launches.
 """
 
 import json
@@ -23,18 +24,20 @@ from kernels.attention.tuning import hopper_tile
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)(.*?);")
 
 
-def compile_case(dtype: torch.dtype, head_dim: int, causal: bool, seq_q: int, seq_k: int):
+def compile_case(dtype: torch.dtype, head_dim: int, causal: bool, seq_q: int, seq_k: int, traced: bool):
     tile = hopper_tile(head_dim, causal, seq_q, seq_k)
     names = forward_kernel.arg_names
-    constexprs = constants(tile, causal, seq_q, seq_k)._asdict()
+    constexprs = constants(tile, causal, seq_q, seq_k)._asdict() | ({} if traced else dict(trace=None))
 
     def descriptor(rows):
         return f"tensordesc<{TYPES[dtype]}[1, 1, {rows}, {head_dim}],{shared_layout(rows, head_dim, dtype)!r}>"
 
     queries, keys = descriptor(QUERIES.value), descriptor(tile.keys)
     signature = dict(q_desc=queries, k_desc=keys, v_desc=keys, out_desc=queries, lse="*fp32", counter="*i32", scale_log2="fp32")
+    signature |= dict(trace="*i64") if traced else {}
     signature = {name: signature.get(name, "constexpr" if name in constexprs else "i32") for name in names}
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in ("lse", "counter")}
+    pointers = [name for name, kind in signature.items() if kind.startswith("*")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in pointers}
     source = GluonASTSource(forward_kernel, signature, constexprs, attributes)
     return tile, triton.compile(source, target=GPUTarget("cuda", 90, 32), options=compile_options(tile))
 
@@ -52,17 +55,27 @@ def innermost_loops(instructions: list[tuple[int, str, str]]) -> list[list[tuple
     return [[(opcode, operands) for _, opcode, operands in instructions[a:b]] for a, b in innermost]
 
 
+def is_clock(opcode: str, operands: str) -> bool:
+    return opcode.startswith(("CS2R", "S2R", "S2UR")) and "CLOCK" in operands
+
+
 def describe_loop(loop: list[tuple[str, str]]) -> dict:
-    """Waits for matrix products (how many may stay in flight), and the exponentials between a wait that leaves one and the next wait."""
-    waits, under_product, in_flight = [], 0, False
+    """Waits for matrix products (how many may stay in flight), the exponentials between a wait that leaves one and the next wait, and the
+    order of all these and of clock reads."""
+    waits, under_product, in_flight, order = [], 0, False, []
+    names = {"HGMMA": "product", "MUFU.EX2": "exponential"}
     for opcode, operands in loop:
+        order += [name for start, name in names.items() if opcode.startswith(start) and order[-1:] != [name]]
+        if is_clock(opcode, operands):
+            order.append("clock")
         if opcode.startswith("WARPGROUP.DEPBAR"):
             waits.append(int(operands.split("0x")[1], 16))
+            order.append(f"wait{waits[-1]}")
             in_flight = waits[-1] > 0
         under_product += in_flight and opcode.startswith("MUFU.EX2")
     products = sum(opcode.startswith("HGMMA") for opcode, _ in loop)
     exponentials = sum(opcode.startswith("MUFU.EX2") for opcode, _ in loop)
-    return dict(products=products, waits=waits, exponentials=exponentials, under_product=under_product)
+    return dict(products=products, waits=waits, exponentials=exponentials, under_product=under_product, order=order)
 
 
 def describe(compiled) -> dict:
@@ -78,6 +91,7 @@ def describe(compiled) -> dict:
         stack=int(re.search(r"STACK:(\d+)", usage)[1]),
         spills=sum(opcode.startswith(("STL", "LDL")) for _, opcode, _ in instructions),
         shared=compiled.metadata.shared,
+        clocks=sum(is_clock(opcode, operands) for _, opcode, operands in instructions),
         set_registers=sorted({int(n, 16) for n in re.findall(r"USETMAXREG\S* .*?0x([0-9a-f]+)", sass)}),
         loops=[describe_loop(loop) for loop in innermost_loops(instructions)],
     )
@@ -85,6 +99,6 @@ def describe(compiled) -> dict:
 
 if __name__ == "__main__":
     for case in sys.argv[1:]:
-        dtype, head_dim, mask, seq_q, seq_k = case.split(",")
-        tile, compiled = compile_case(getattr(torch, dtype), int(head_dim), mask == "causal", int(seq_q), int(seq_k))
+        dtype, head_dim, mask, seq_q, seq_k, *traced = case.split(",")
+        tile, compiled = compile_case(getattr(torch, dtype), int(head_dim), mask == "causal", int(seq_q), int(seq_k), traced == ["traced"])
         print(json.dumps(dict(case=case, tile=tile._asdict(), **describe(compiled))), flush=True)

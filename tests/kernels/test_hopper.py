@@ -1,5 +1,6 @@
 """The Hopper kernel: what it compiles to, without a GPU; its results, races and deadlocks on one."""
 
+import itertools
 import json
 import math
 import random
@@ -9,8 +10,9 @@ import pytest
 import torch
 from comparison import Case, check, fresh_seed
 from test_triton import outputs, start
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels.attention import attention, unsupported
+from kernels.attention import attention
 from kernels.attention.tuning import hopper_tile
 
 HERE = Path(__file__).parent
@@ -20,12 +22,14 @@ HARDWARE_BARRIERS = 16
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> list[dict]:
-    """Every tile of the table, with the masks that it can be given: none, the diagonal, a diagonal across tiles, the end of the keys."""
+    """Every tile of the table, with the masks that it can be given: none, the diagonal, a diagonal across tiles, the end of the keys; and
+    those that scripts/trace_attention.py traces."""
     cases = [
         *("bfloat16,64,causal,1024,1024", "float16,64,causal,300,1000", "bfloat16,64,causal,4096,4096"),
         *("bfloat16,64,full,4096,4096", "float16,64,full,1000,1000"),
         *("bfloat16,128,causal,512,512", "float16,128,causal,4096,4096", "bfloat16,128,causal,300,1000"),
         *("bfloat16,128,full,4096,4096", "bfloat16,128,full,1000,1000"),
+        *(f"bfloat16,{head_dim},{mask},4096,4096,traced" for head_dim in (64, 128) for mask in ("causal", "full")),
     ]
     text = outputs(start([str(HERE / "compile_hopper.py"), *cases], tmp_path_factory.mktemp("triton"), interpret=False))[0]
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
@@ -59,23 +63,46 @@ def test_the_exponentials_run_under_a_matrix_product(compiled):
         exponentials = tile["keys"] // 2 + 2  # 64 rows of `keys` over 128 threads, and the rescaling of a thread's two rows
         expected = dict(products=head_dim // 16 + tile["keys"] // 16, exponentials=exponentials)
         expected |= dict(waits=[1, 0], under_product=exponentials) if tile["overlap"] else dict(waits=[0, 0], under_product=0)
-        assert sum(loop == expected for loop in row["loops"]) == tile["warpgroups"], (row["case"], row["loops"])
+        assert sum(expected.items() <= loop.items() for loop in row["loops"]) == tile["warpgroups"], (row["case"], row["loops"])
+
+
+def test_the_clock_is_read_where_a_trace_says_and_nowhere_without_one(compiled):
+    """Of a warpgroup five times in the loop and seven outside it, of the loading warp three times."""
+    in_the_loop = "clock product clock product wait1 clock exponential clock wait0 clock".split()
+    for row in compiled:
+        if not row["case"].endswith("traced"):
+            assert row["clocks"] == 0, row["case"]
+            continue
+        warpgroups = row["tile"]["warpgroups"]
+        assert row["clocks"] == 12 * warpgroups + 3, row["case"]
+        assert sum(loop["order"] == in_the_loop for loop in row["loops"]) == warpgroups, (row["case"], row["loops"])
 
 
 def tile_arguments(case: str) -> dict:
-    _, head_dim, mask, seq_q, seq_k = case.split(",")
+    _, head_dim, mask, seq_q, seq_k = case.split(",")[:5]
     return dict(head_dim=int(head_dim), causal=mask == "causal", seq_q=int(seq_q), seq_k=int(seq_k))
 
 
-def why_not_here() -> str | None:
-    if not torch.cuda.is_available():
-        return None  # the marker `gpu` says it
-    asked = dict(device_type="cuda", dtype=torch.bfloat16, head_dim=64, compute_capability=torch.cuda.get_device_capability())
-    return unsupported("hopper", **asked)
+@pytest.mark.parametrize("of_lse", [False, True])
+def test_the_gradients_fit_the_inputs(of_lse):
+    """The autograd formula hands what it has to Triton's backward and takes what that returns: on tensors without data."""
+    pytest.importorskip("triton")
+    from kernels.attention.hopper_forward import attention_forward
+
+    with FakeTensorMode():
+        q = torch.empty(2, 100, 4, 64, dtype=torch.bfloat16, requires_grad=True)
+        k, v = torch.empty(2, 2, 300, 2, 64, dtype=torch.bfloat16, requires_grad=True).unbind()
+        out, lse = attention_forward(q, k, v, True, 0.125)
+        assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 100), torch.float32)
+        gradients = torch.autograd.grad([out.sum()] + [lse.sum()] * of_lse, (q, k, v))
+    assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in (q, k, v)]
+
+
+NOT_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0)
 
 
 def gpu(test):
-    return pytest.mark.gpu(pytest.mark.skipif(why_not_here() is not None, reason=str(why_not_here()))(test))
+    return pytest.mark.gpu(pytest.mark.skipif(NOT_HOPPER, reason="needs a Hopper GPU (compute capability 9.0)")(test))
 
 
 def check_forward(case: Case, tensors=None) -> None:
@@ -208,6 +235,28 @@ def test_graphs_replayed_beside_launches_on_the_stream_that_recorded_them():
             launched = attention(q, k, v, backend="hopper")
         torch.cuda.synchronize()
         assert torch.equal(replayed, expected) and torch.equal(launched, expected)
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_trace_changes_nothing_and_its_clocks_rise(head_dim, causal):
+    from kernels.attention.hopper_forward import EVENTS, launch_forward, new_trace
+
+    q, k, v, *_ = gpu_case(4096, 4096, heads=32, kv_heads=32, head_dim=head_dim).tensors(fresh_seed())
+    trace = new_trace(q, k, causal)
+    traced, plain = launch_forward(q, k, v, causal, 0.125, trace), launch_forward(q, k, v, causal, 0.125)
+    assert torch.equal(traced[0], plain[0]) and torch.equal(traced[1], plain[1])
+    events = dict(zip(EVENTS, trace[:, :, :-1].unbind(dim=-1)))  # each [programs, partitions, tiles]
+    for name in ("keys requested", "values requested"):
+        assert (events[name][:, :-1] == 0).all() and (events[name][:, -1, 0] > 0).all()
+    for first, then in itertools.pairwise(("scores issued", "scores ready", "softmax done", "output issued", "output ready")):
+        assert torch.equal(events[first] > 0, events[then] > 0)
+        assert (events[first] <= events[then]).all()
+    for clocks in events["scores issued"][:, :-1].flatten(0, 1):
+        issued = clocks[clocks > 0]
+        assert len(issued) > 30 and (issued.diff() > 0).all()
+    assert (events["scores issued"][:, 0] > events["keys requested"][:, -1])[events["scores issued"][:, 0] > 0].all()
 
 
 @gpu
