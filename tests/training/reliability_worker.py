@@ -97,7 +97,11 @@ def signals(scenario: Scenario) -> list[dict]:
 
 def one_signal(scenario: Scenario, number: int, victim: int | str, moment: str) -> dict:
     def send() -> None:
-        os.kill(os.getppid() if victim == "launcher" else os.getpid(), number)
+        launcher = os.getppid()
+        os.kill(launcher if victim == "launcher" else os.getpid(), number)
+        deadline = time.monotonic() + 10
+        while victim == "launcher" and os.getppid() == launcher and time.monotonic() < deadline:  # Python takes its time to end
+            time.sleep(0.05)
         time.sleep(3 if victim == "launcher" else 0.5)  # so that the moment lasts until it has been seen
 
     rank = 0 if victim == "launcher" else victim
