@@ -88,8 +88,9 @@ _DEFAULTS = attention.__kwdefaults__
 
 
 def _attend(
-    q, k, v, packed, *, causal, window, document_ids, cu_seqlens, alibi_slopes, softcap, sinks, dropout_p, scale, backend, deterministic, return_lse
-):
+    q, k, v, packed, *,
+    causal, window, document_ids, cu_seqlens, alibi_slopes, softcap, sinks, dropout_p, scale, backend, deterministic, return_lse,
+):  # fmt: skip
     """packed: the tensor that q, k and v are slices of; or None."""
     _check_shapes(q, k, v)
     _check_options(q, k, softcap, sinks, dropout_p, scale)
