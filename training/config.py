@@ -6,6 +6,7 @@ Everything that is wrong is reported at once, each fault with the file and line 
 
 import difflib
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kernels.attention import choose, unsupported
 from model.config import AttentionConfig, GPTConfig
+from training import compositions
 
 _LONGEST_RUN_NAME = 120  # a folder's name may have 255 bytes
 
@@ -51,13 +53,19 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     lr: float = Field(6e-4, gt=0)
     min_lr: float = Field(6e-5, ge=0)
     warmup_steps: NonNegativeInt = 30
+    decay_steps: PositiveInt | None = None
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, ge=0)
+    muon_lr: float = Field(0.02, gt=0)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_weight_decay: float = Field(0.01, ge=0)
 
 
 class ZeroSection(Section):
@@ -311,24 +319,12 @@ def _run_name(file: Path, overridden: dict[str, str]) -> str:
 
 def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
     """Derived values, ``auto``'s choice, and the faults that only several keys together show: (sections read, key, what and remedy)."""
-    faults = [({"model"}, f"model.{key}", what) for key, what in config.model.faults()]
+    faults = compositions.faults(config)
     train, batch_fault = _resolve_batch(config.train, world_size)
     if batch_fault:
         faults.append(({"train"}, "train.global_batch_size", batch_fault))
-    optimizer = config.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        faults.append(({"optimizer"}, "optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr {optimizer.lr}; lower it"))
-    if optimizer.warmup_steps > config.train.steps:
-        what = f"{optimizer.warmup_steps} steps of warm-up do not fit into train.steps {config.train.steps}; lower it"
-        faults.append(({"optimizer", "train"}, "optimizer.warmup_steps", what))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
-    if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":
-        faults.append(({"train", "zero"}, "zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
-    window, length = config.attention.window, config.model.sequence_length
-    if window is not None and window >= length:
-        what = f"{window} keys hide nothing in sequences of {length}; lower it, or use null"
-        faults.append(({"attention", "model"}, "attention.window", what))
     backend, notes, backend_faults = _resolve_backend(config)
     faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
     resolved = config.model_copy(update={
@@ -336,9 +332,17 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
         "model": config.model.resolved(),
         "attention": config.attention.model_copy(update={"backend": backend}),
         "train": train,
+        "optimizer": _resolve_decay(config.optimizer, config.train.steps),
         "tracking": config.tracking.model_copy(update={"group": config.tracking.group or group}),
     })
     return resolved, notes, faults
+
+
+def _resolve_decay(optimizer: OptimizerSection, steps: int) -> OptimizerSection:
+    """Fill in a null decay_steps of the schedule that has one: a fifth of the run, less where the warm-up leaves less."""
+    if optimizer.schedule != "wsd" or optimizer.decay_steps is not None:
+        return optimizer
+    return optimizer.model_copy(update={"decay_steps": max(1, min(math.ceil(steps / 5), steps - optimizer.warmup_steps))})
 
 
 def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, str]]]:
