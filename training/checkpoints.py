@@ -266,7 +266,7 @@ def _rates_so_far(checkpoint: Checkpoint, config: Config) -> list[str]:
         return [f"learning rate: step {differing[0] + 1} had {then(differing[0]):.3g} and would have {now(differing[0]):.3g} by this configuration: "
                 f"it goes on with {now(done):.3g}, where the checkpoint's would have {then(done):.3g}, and no uninterrupted run has this curve"]
     if any(then(step) != now(step) for step in range(done, max(planned, config.train.steps))):
-        return [f"learning rate: all {done} steps so far had what this configuration gives: the curve is that of an uninterrupted run of it"]
+        return [f"learning rate: all {done} steps so far had the one that this configuration gives them, as in an uninterrupted run of it"]
     return []
 
 
@@ -294,7 +294,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Conf
 
         def convert() -> None:
             with _only_tensors(checkpoint.folder):
-                convert_to_universal(checkpoint.folder, universal, checkpoint.saved["layout"], config.model)
+                convert_to_universal(checkpoint.folder, universal, checkpoint.saved["layout"], config.model, config.optimizer.name)
 
         with ThreadPoolExecutor(max_workers=1) as worker:
             converted = worker.submit(convert) if dist.get_rank() == 0 else None
@@ -302,7 +302,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Conf
                 pass
         together(lambda: converted.result(), here=dist.get_rank() == 0)
         with _only_tensors(universal):
-            load_universal(engine, universal, config.model)
+            load_universal(engine, universal, config.model, config.optimizer.name)
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(universal)

@@ -267,13 +267,16 @@ def _resolve_batch(train: TrainSection, world_size: int) -> tuple[TrainSection, 
     return train.model_copy(update=resolved), None
 
 
-def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: int = 1) -> tuple[Config, list[str]]:
+def load_config(
+    file: str | Path, overrides: Iterable[str] = (), *, world_size: int = 1, assumed_gpu: tuple[int, int] | None = None
+) -> tuple[Config, list[str]]:
     """Read, merge, check and resolve one run's configuration.
 
     Args:
         file: the YAML file; relative ``base:`` paths in it are relative to it.
         overrides: ``section.key=value`` strings; values are YAML.
         world_size: number of processes of the run, for the batch arithmetic.
+        assumed_gpu: compute capability of a GPU to resolve for; None: this machine's, or its CPU.
 
     Returns:
         The configuration with every derived value filled in, and what ``auto`` chose and why, a line each.
@@ -295,7 +298,7 @@ def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: 
         broken = {str(fault["loc"][0]) for fault in error.errors()}
         # The sound sections are checked on, so that every fault is told at once.
         config = Config.model_validate({section: values for section, values in tree.values.items() if section not in broken})
-    config, notes, found = _resolve(config, _run_name(file, tree.overridden), file.stem, world_size)
+    config, notes, found = _resolve(config, _run_name(file, tree.overridden), file.stem, world_size, assumed_gpu)
     faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for sections, key, what in found if not broken & sections]
     if faults:
         raise ConfigError(f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n" + "\n".join(f"  {f}" for f in faults))
@@ -317,7 +320,9 @@ def _run_name(file: Path, overridden: dict[str, str]) -> str:
     return f"{name[:_LONGEST_RUN_NAME - 9]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
+def _resolve(
+    config: Config, run_name: str, group: str, world_size: int, assumed_gpu: tuple[int, int] | None
+) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
     """Derived values, ``auto``'s choice, and the faults that only several keys together show: (sections read, key, what and remedy)."""
     faults = compositions.faults(config)
     train, batch_fault = _resolve_batch(config.train, world_size)
@@ -325,7 +330,7 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
         faults.append(({"train"}, "train.global_batch_size", batch_fault))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
-    backend, notes, backend_faults = _resolve_backend(config)
+    backend, notes, backend_faults = _resolve_backend(config, assumed_gpu)
     faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
@@ -345,11 +350,11 @@ def _resolve_decay(optimizer: OptimizerSection, steps: int) -> OptimizerSection:
     return optimizer.model_copy(update={"decay_steps": max(1, min(math.ceil(steps / 5), steps - optimizer.warmup_steps))})
 
 
-def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, str]]]:
+def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tuple[str, list[str], list[tuple[str, str]]]:
     """The attention backend by name; what ``auto`` chose and why; the reason an explicit one cannot do what is asked."""
     model = config.model.resolved()
-    on_gpu = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if on_gpu else None
+    on_gpu = assumed_gpu is not None or torch.cuda.is_available()
+    capability = assumed_gpu or (torch.cuda.get_device_capability() if on_gpu else None)
     if on_gpu and config.train.precision == "bf16" and capability < (8, 0):
         return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp32")]
     asked = {
