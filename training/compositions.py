@@ -20,7 +20,8 @@ class Row:
 
     Args:
         keys: ``section.key``; a fault is told at the first of them.
-        refused: whether a configuration, not yet resolved, is to be refused; it reads the sections of ``keys`` alone.
+        refused: whether a configuration is to be refused; it reads the sections of ``keys`` alone. Nothing is resolved in it but
+            attention.backend, which is empty where it is at fault itself.
         reason: why, with ``{section.key}`` for values.
         remedy: the nearest that works.
         example: overrides of ``configs/base.yaml`` that are refused.
@@ -36,10 +37,15 @@ class Row:
 
     @property
     def sections(self) -> set[str]:
-        return {key.split(".")[0] for key in self.keys}
+        return set().union(*map(sections_of, self.keys))
 
     def message(self, config: "Config") -> str:
         return f"{self.reason.format(**dict(config))}; {self.remedy.format(**dict(config))}"
+
+
+def sections_of(key: str) -> set[str]:
+    """The sections that decide about a key: its own, and for the backend, which ``auto`` chooses, also what it chooses by."""
+    return {"attention", "model", "train"} if key == "attention.backend" else {key.split(".")[0]}
 
 
 ROWS = (

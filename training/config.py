@@ -324,18 +324,19 @@ def _resolve(
     config: Config, run_name: str, group: str, world_size: int, assumed_gpu: tuple[int, int] | None
 ) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
     """Derived values, ``auto``'s choice, and the faults that only several keys together show: (sections read, key, what and remedy)."""
-    faults = compositions.faults(config)
+    backend, notes, backend_faults = _resolve_backend(config, assumed_gpu)
+    attention = config.attention.model_copy(update={"backend": "" if backend_faults else backend})
+    faults = compositions.faults(config.model_copy(update={"attention": attention}))
+    faults += [(compositions.sections_of("attention.backend"), key, what) for key, what in backend_faults]
     train, batch_fault = _resolve_batch(config.train, world_size)
     if batch_fault:
         faults.append(({"train"}, "train.global_batch_size", batch_fault))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
-    backend, notes, backend_faults = _resolve_backend(config, assumed_gpu)
-    faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
-        "attention": config.attention.model_copy(update={"backend": backend}),
+        "attention": attention,
         "train": train,
         "optimizer": _resolve_decay(config.optimizer, config.train.steps),
         "tracking": config.tracking.model_copy(update={"group": config.tracking.group or group}),
