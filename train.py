@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import time
 import warnings
@@ -22,7 +23,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the file's")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML and stop")
+    instead.add_argument("--dry-run", action="store_true",
+                        help="print what the run would be, and how long it would take, and stop: needs no GPU, no corpus, no launcher")
+    parser.add_argument("--gpus", type=int, help="GPUs that --dry-run assumes; default: those of this machine, or 1")
+    parser.add_argument("--gpu-name", help="which GPU --dry-run assumes, as CUDA calls it; default: this machine's, or H200")
+    parser.add_argument("--mfu", type=float, help="model FLOPs utilisation that --dry-run assumes; default: 0.4")
     parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's own log and build output")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it; the environment says the same
 
@@ -30,7 +37,10 @@ def parse_arguments() -> argparse.Namespace:
         raise UserFault(f"{message}\n{parser.format_usage()}")
 
     parser.error = fail
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if not arguments.dry_run and (arguments.gpus, arguments.gpu_name, arguments.mfu) != (None, None, None):
+        fail("--gpus, --gpu-name and --mfu say what --dry-run assumes; a run takes what there is")
+    return arguments
 
 
 def main() -> None:
@@ -40,12 +50,52 @@ def main() -> None:
         arguments = parse_arguments()
         if not arguments.verbose:
             warnings.filterwarnings("ignore", module="torch.distributed")  # of DeepSpeed's calls: names torch is changing, devices it infers
+        if arguments.dry_run:
+            if ranks.rank == 0:
+                print(dry_run(arguments, processes=ranks.world), end="")
+            return
         config, notes = load_config(arguments.config, arguments.overrides, world_size=ranks.world)
         if arguments.print_config:
             if ranks.rank == 0:
                 print(yaml.safe_dump(config.model_dump(), sort_keys=False), end="")
             return
         train(config, notes, ranks, verbose=arguments.verbose)
+
+
+def dry_run(arguments: argparse.Namespace, *, processes: int) -> str:
+    """What a run would print before its first step, its tokens, FLOPs and hours, and what DeepSpeed would be told."""
+    import torch
+
+    from training.flops import compute_capability, known_gpus
+
+    gpus = processes if arguments.gpus is None and processes > 1 else max(1, torch.cuda.device_count()) if arguments.gpus is None else arguments.gpus
+    name = arguments.gpu_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "H200")
+    mfu = 0.4 if arguments.mfu is None else arguments.mfu
+    if gpus < 1 or not 0 < mfu <= 1:
+        raise UserFault(f"--gpus {gpus} --mfu {mfu}: GPUs are at least 1, and MFU is above 0 and at most 1")
+    if compute_capability(name) is None:
+        raise UserFault(f"--gpu-name {name}: its peak is not known; known (as patterns): {', '.join(known_gpus())}")
+    config, notes = load_config(arguments.config, arguments.overrides, world_size=gpus, assumed_gpu=compute_capability(name))
+    with output_to(None if arguments.verbose else Path(os.devnull)):
+        from training.engine import deepspeed_config
+        from training.metering import Meter
+
+        meter, told = Meter(config, gpus, device_name=name), deepspeed_config(config)
+    tokens = config.train.steps * meter.tokens_per_step
+    flops = tokens * meter.flops_per_token
+    speed = mfu * meter.peak_flops
+
+    def short(number: float) -> str:
+        return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+    return "\n".join([
+        *notes, describe(config, meter),
+        f"work   {meter.flops_per_token:,} FLOPs a token, {meter.flops_per_token * meter.tokens_per_step:.4g} a step; {config.train.steps:,} steps: "
+        f"{tokens:,} tokens ({short(tokens / meter.parameters['total'])} a parameter), {flops:.4g} FLOPs",
+        f"time   at an assumed MFU of {mfu:.3g}: {speed / meter.flops_per_token:,.0f} tokens/s/GPU, "
+        f"{meter.flops_per_token * meter.tokens_per_step / (speed * gpus):.3g} s a step, {short(flops / (speed * gpus) / 3600)} hours, "
+        f"{short(flops / speed / 3600)} GPU hours; evaluation, checkpoints and the start come on top",
+        "DeepSpeed is told:", *(f"  {line}" for line in yaml.safe_dump(told, sort_keys=False).splitlines()), ""])
 
 
 def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> None:
@@ -205,15 +255,17 @@ def open_corpus(config: Config, *, verify: bool):
     return corpus
 
 
-def describe(config: Config, meter, corpus) -> str:
-    """What is about to happen, in four lines: every derived number with where it comes from."""
+def describe(config: Config, meter, corpus=None) -> str:
+    """What is about to happen, in four lines, or three without a corpus: every derived number with where it comes from."""
     model, attention, train = config.model, config.attention, config.train
     within = f" in a window of {attention.window}" * (attention.window is not None) + " within documents" * attention.document_mask
     peak = f"{meter.peak_flops / 1e12:.0f} TFLOP/s peak in {train.precision}" if meter.peak_flops else "peak unknown, so no MFU"
+    data = "" if corpus is None else (
+        f"data   {corpus.folder}: {corpus.split('train').tokens:,} training tokens, {corpus.tokenizer_name} tokenizer, corpus {corpus.sha256[:12]}\n")
     return (
         f"model  {meter.parameters['total']:,} parameters: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads of {model.head_dim}, "
         f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}\n"
-        f"data   {corpus.folder}: {corpus.split('train').tokens:,} training tokens, {corpus.tokenizer_name} tokenizer, corpus {corpus.sha256[:12]}\n"
+        f"{data}"
         f"batch  {train.micro_batch_size} micro x {train.gradient_accumulation_steps} accumulation x {meter.world} processes = {train.global_batch_size} "
         f"sequences of {model.sequence_length} = {meter.tokens_per_step:,} tokens a step, {train.steps} steps\n"
         f"device {meter.world} x {meter.device_name} ({peak}), ZeRO stage {config.zero.stage}, {train.precision}"

@@ -32,17 +32,6 @@ class GPTConfig(BaseModel):
     dropout: float = Field(0.0, ge=0, lt=1)
     init_std: float = Field(0.02, gt=0)
 
-    def faults(self) -> list[tuple[str, str]]:
-        """What does not fit together, as ``(key, what and remedy)``; empty when the architecture can be built."""
-        found = []
-        if self.head_dim is None and self.hidden_size % self.heads:
-            found.append(("hidden_size", f"{self.hidden_size} does not divide into {self.heads} heads; change one of them or set head_dim"))
-        if self.kv_heads is not None and self.heads % self.kv_heads:
-            found.append(("kv_heads", f"{self.heads} query heads do not divide into {self.kv_heads} groups; use a divisor of heads"))
-        if self.positions == "rope" and (self.head_dim or self.hidden_size // self.heads) % 2:
-            found.append(("head_dim", "rotary positions turn pairs of channels, so head_dim must be even; change it or use positions: learned"))
-        return found
-
     def resolved(self) -> "GPTConfig":
         """The same architecture with every derived field filled in."""
         return self.model_copy(update={

@@ -127,8 +127,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
         self.backend, self.window, self.dropout = attention.backend, attention.window, attention.dropout
-        self.qkv = nn.Linear(config.hidden_size, (config.heads + 2 * config.kv_heads) * config.head_dim, bias=config.bias)
+        parts = (config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim)
+        self.qkv = nn.Linear(config.hidden_size, sum(parts), bias=config.bias)
+        self.qkv.parts = parts
         self.projection = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=config.bias)
+        self.projection.parts = (config.hidden_size,)
         self.projection.writes_to_residual = True
 
     def forward(
@@ -160,8 +163,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.activation = config.activation
-        self.up = nn.Linear(config.hidden_size, config.ffn_size * (2 if config.activation == "swiglu" else 1), bias=config.bias)
+        parts = (config.ffn_size,) * (2 if config.activation == "swiglu" else 1)
+        self.up = nn.Linear(config.hidden_size, sum(parts), bias=config.bias)
+        self.up.parts = parts
         self.down = nn.Linear(config.ffn_size, config.hidden_size, bias=config.bias)
+        self.down.parts = (config.hidden_size,)
         self.down.writes_to_residual = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -195,15 +201,23 @@ def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's two groups: matrices decay; biases and norm gains, which set scales and not directions, do not.
+def hidden_layers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers of the blocks, neither embeddings nor head; ``parts`` of each: the rows of the matrices stacked in its weight."""
+    return [m for m in model.blocks.modules() if isinstance(m, nn.Linear)]
 
+
+def parameter_groups(model: nn.Module, *, hidden_apart: bool = False) -> list[dict]:
+    """The optimizer's groups: matrices, which decay; and biases and norm gains, which set scales and not directions and do not.
+
+    With ``hidden_apart`` the matrices of ``hidden_layers`` stand before them in a group of their own, in that order.
     Chosen by module type: under ZeRO-3 a partitioned parameter has shape [0], so its number of dimensions says nothing.
     """
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    hidden = [m.weight for m in hidden_layers(model)] if hidden_apart else []
+    apart = {id(p) for p in hidden}
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))} - apart
     decayed = [p for p in model.parameters() if id(p) in matrices]
-    kept = [p for p in model.parameters() if id(p) not in matrices]
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    kept = [p for p in model.parameters() if id(p) not in matrices | apart]
+    return [{"params": group} for group in ([hidden] if hidden_apart else []) + [decayed, kept]]
 
 
 def count_parameters(config: GPTConfig) -> dict[str, int]:

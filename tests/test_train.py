@@ -132,3 +132,28 @@ def test_print_config_shows_the_resolved_yaml(run_file):
     shown = yaml.safe_load(done.stdout)
     assert shown["model"]["layers"] == 3 and shown["model"]["head_dim"] == 32
     assert shown["run"]["name"] == "tiny,layers=3" and shown["train"]["micro_batch_size"] == 8
+
+
+def test_a_dry_run_says_what_the_run_will_without_corpus_launcher_or_gpu(finished, run_file):
+    command = [sys.executable, "train.py", "--config", run_file, "--dry-run", "--gpus", "2", "--mfu", "0.5", "--gpu-name", "NVIDIA A10", "attention.backend=tiled"]
+    done = subprocess.run([*command, "data.corpus=/nowhere"], capture_output=True, text=True, check=True)
+    lines = {line.split()[0]: line for line in done.stdout.splitlines()}
+    printed = {line.split()[0]: line for line in finished.stdout.splitlines() if line}
+    assert lines["model"] == printed["model"] and lines["batch"] == printed["batch"]
+    described = json.loads((run_file.parent / "runs" / "tiny" / "run.json").read_text())
+    assert yaml.safe_load(done.stdout.partition("DeepSpeed is told:\n")[2]) == described["deepspeed_config"]
+    flops = 25 * 16 * 64 * described["flops_per_token"]
+    assert f"{described['flops_per_token']:,} FLOPs a token" in lines["work"] and f"{25 * 16 * 64:,} tokens" in lines["work"] and f"{flops:.4g} FLOPs" in lines["work"]
+    assert f"{0.5 * 31.2e12 / described['flops_per_token']:,.0f} tokens/s/GPU" in lines["time"]
+    assert f"{flops / (0.5 * 31.2e12 * 2) / 3600:.3g} hours" in lines["time"] and f"{flops / (0.5 * 31.2e12) / 3600:.3g} GPU hours" in lines["time"]
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--dry-run", "--gpu-name", "NVIDIA H900"], "its peak is not known; known (as patterns): A100"),
+    (["--dry-run", "--mfu", "1.5"], "MFU is above 0 and at most 1"),
+    (["--mfu", "0.5"], "say what --dry-run assumes"),
+])
+def test_what_a_dry_run_cannot_assume_is_refused(run_file, arguments, expected):
+    done = subprocess.run([sys.executable, "train.py", "--config", run_file, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr

@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,12 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from training.config import CheckpointSection, Config
+from training.config import CheckpointSection, Config, OptimizerSection
 from training.distributed import LoneFault, UserFault, from_first_rank, gather, together
 from training.engine import set_hyperparameters
 from training.files import rename_durably, write_atomically
 from training.manifest import STATE_FILE, complete_checkpoints, faults_of, named_checkpoints, seal, step_folder, step_of, write_manifest
+from training.schedule import learning_rate
 from training.universal import convert_to_universal, load_universal
 
 LATEST_FILE = "latest"
@@ -235,7 +237,7 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
     Raises:
         UserFault: one changed that the saved weights or the order of the data do not survive.
     """
-    fixed = {"run.seed", "train.global_batch_size"}
+    fixed = {"run.seed", "train.global_batch_size", "optimizer.name"}
     free = {"run", "checkpoint", "tracking", "sample", "eval", "attention.backend", "data.corpus"}
     changed, faults = [], []
     before, now = _flat(Config().model_dump()) | _flat(checkpoint.saved["config"]), _flat(config.model_dump())
@@ -250,7 +252,22 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
             changed.append(f"changed since the checkpoint: {line}")
     if faults:
         raise UserFault(f"{checkpoint.folder} does not fit this configuration; take the checkpoint's values, or start another run:\n  " + "\n  ".join(faults))
-    return changed
+    return changed + _rates_so_far(checkpoint, config)
+
+
+def _rates_so_far(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """A line where other learning rates are asked for than before: whether the steps already taken had those that this configuration gives."""
+    before = {key: value for key, value in checkpoint.saved["config"]["optimizer"].items() if key in OptimizerSection.model_fields}
+    planned, done = checkpoint.saved["config"]["train"]["steps"], checkpoint.state.step
+    then = partial(learning_rate, steps=planned, optimizer=OptimizerSection(**before))
+    now = partial(learning_rate, steps=config.train.steps, optimizer=config.optimizer)
+    differing = [step for step in range(done) if then(step) != now(step)]
+    if differing:
+        return [f"learning rate: step {differing[0] + 1} had {then(differing[0]):.3g} and would have {now(differing[0]):.3g} by this configuration: "
+                f"it goes on with {now(done):.3g}, where the checkpoint's would have {then(done):.3g}, and no uninterrupted run has this curve"]
+    if any(then(step) != now(step) for step in range(done, max(planned, config.train.steps))):
+        return [f"learning rate: all {done} steps so far had the one that this configuration gives them, as in an uninterrupted run of it"]
+    return []
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -277,7 +294,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Conf
 
         def convert() -> None:
             with _only_tensors(checkpoint.folder):
-                convert_to_universal(checkpoint.folder, universal, checkpoint.saved["layout"], config.model)
+                convert_to_universal(checkpoint.folder, universal, checkpoint.saved["layout"], config.model, config.optimizer.name)
 
         with ThreadPoolExecutor(max_workers=1) as worker:
             converted = worker.submit(convert) if dist.get_rank() == 0 else None
@@ -285,7 +302,7 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Conf
                 pass
         together(lambda: converted.result(), here=dist.get_rank() == 0)
         with _only_tensors(universal):
-            load_universal(engine, universal, config.model)
+            load_universal(engine, universal, config.model, config.optimizer.name)
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(universal)

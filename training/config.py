@@ -6,6 +6,7 @@ Everything that is wrong is reported at once, each fault with the file and line 
 
 import difflib
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kernels.attention import choose, unsupported
 from model.config import AttentionConfig, GPTConfig
+from training import compositions
 
 _LONGEST_RUN_NAME = 120  # a folder's name may have 255 bytes
 
@@ -51,13 +53,19 @@ class TrainSection(Section):
 
 
 class OptimizerSection(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     lr: float = Field(6e-4, gt=0)
     min_lr: float = Field(6e-5, ge=0)
     warmup_steps: NonNegativeInt = 30
+    decay_steps: PositiveInt | None = None
     betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.95], min_length=2, max_length=2)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float = Field(1.0, ge=0)
+    muon_lr: float = Field(0.02, gt=0)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_weight_decay: float = Field(0.01, ge=0)
 
 
 class ZeroSection(Section):
@@ -259,13 +267,16 @@ def _resolve_batch(train: TrainSection, world_size: int) -> tuple[TrainSection, 
     return train.model_copy(update=resolved), None
 
 
-def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: int = 1) -> tuple[Config, list[str]]:
+def load_config(
+    file: str | Path, overrides: Iterable[str] = (), *, world_size: int = 1, assumed_gpu: tuple[int, int] | None = None
+) -> tuple[Config, list[str]]:
     """Read, merge, check and resolve one run's configuration.
 
     Args:
         file: the YAML file; relative ``base:`` paths in it are relative to it.
         overrides: ``section.key=value`` strings; values are YAML.
         world_size: number of processes of the run, for the batch arithmetic.
+        assumed_gpu: compute capability of a GPU to resolve for; None: this machine's, or its CPU.
 
     Returns:
         The configuration with every derived value filled in, and what ``auto`` chose and why, a line each.
@@ -287,7 +298,7 @@ def load_config(file: str | Path, overrides: Iterable[str] = (), *, world_size: 
         broken = {str(fault["loc"][0]) for fault in error.errors()}
         # The sound sections are checked on, so that every fault is told at once.
         config = Config.model_validate({section: values for section, values in tree.values.items() if section not in broken})
-    config, notes, found = _resolve(config, _run_name(file, tree.overridden), file.stem, world_size)
+    config, notes, found = _resolve(config, _run_name(file, tree.overridden), file.stem, world_size, assumed_gpu)
     faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for sections, key, what in found if not broken & sections]
     if faults:
         raise ConfigError(f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n" + "\n".join(f"  {f}" for f in faults))
@@ -309,43 +320,42 @@ def _run_name(file: Path, overridden: dict[str, str]) -> str:
     return f"{name[:_LONGEST_RUN_NAME - 9]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
+def _resolve(
+    config: Config, run_name: str, group: str, world_size: int, assumed_gpu: tuple[int, int] | None
+) -> tuple[Config, list[str], list[tuple[set[str], str, str]]]:
     """Derived values, ``auto``'s choice, and the faults that only several keys together show: (sections read, key, what and remedy)."""
-    faults = [({"model"}, f"model.{key}", what) for key, what in config.model.faults()]
+    backend, notes, backend_faults = _resolve_backend(config, assumed_gpu)
+    attention = config.attention.model_copy(update={"backend": "" if backend_faults else backend})
+    faults = compositions.faults(config.model_copy(update={"attention": attention}))
+    faults += [(compositions.sections_of("attention.backend"), key, what) for key, what in backend_faults]
     train, batch_fault = _resolve_batch(config.train, world_size)
     if batch_fault:
         faults.append(({"train"}, "train.global_batch_size", batch_fault))
-    optimizer = config.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        faults.append(({"optimizer"}, "optimizer.min_lr", f"{optimizer.min_lr} is above optimizer.lr {optimizer.lr}; lower it"))
-    if optimizer.warmup_steps > config.train.steps:
-        what = f"{optimizer.warmup_steps} steps of warm-up do not fit into train.steps {config.train.steps}; lower it"
-        faults.append(({"optimizer", "train"}, "optimizer.warmup_steps", what))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
-    if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":
-        faults.append(({"train", "zero"}, "zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
-    window, length = config.attention.window, config.model.sequence_length
-    if window is not None and window >= length:
-        what = f"{window} keys hide nothing in sequences of {length}; lower it, or use null"
-        faults.append(({"attention", "model"}, "attention.window", what))
-    backend, notes, backend_faults = _resolve_backend(config)
-    faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
-        "attention": config.attention.model_copy(update={"backend": backend}),
+        "attention": attention,
         "train": train,
+        "optimizer": _resolve_decay(config.optimizer, config.train.steps),
         "tracking": config.tracking.model_copy(update={"group": config.tracking.group or group}),
     })
     return resolved, notes, faults
 
 
-def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, str]]]:
+def _resolve_decay(optimizer: OptimizerSection, steps: int) -> OptimizerSection:
+    """Fill in a null decay_steps of the schedule that has one: a fifth of the run, less where the warm-up leaves less."""
+    if optimizer.schedule != "wsd" or optimizer.decay_steps is not None:
+        return optimizer
+    return optimizer.model_copy(update={"decay_steps": max(1, min(math.ceil(steps / 5), steps - optimizer.warmup_steps))})
+
+
+def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tuple[str, list[str], list[tuple[str, str]]]:
     """The attention backend by name; what ``auto`` chose and why; the reason an explicit one cannot do what is asked."""
     model = config.model.resolved()
-    on_gpu = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if on_gpu else None
+    on_gpu = assumed_gpu is not None or torch.cuda.is_available()
+    capability = assumed_gpu or (torch.cuda.get_device_capability() if on_gpu else None)
     if on_gpu and config.train.precision == "bf16" and capability < (8, 0):
         return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp32")]
     asked = {

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from model.gpt import GPT, IGNORED_LABEL, Block, parameter_groups
-from training.config import Config
+from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
+from training.config import Config, OptimizerSection
 from training.distributed import UserFault
+from training.muon import Matrix, MuonWithAdamW, find_shards
 from training.schedule import learning_rate
 
 
@@ -39,6 +40,8 @@ def deepspeed_config(config: Config) -> dict:
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
         },
+        # DeepSpeed knows torch's AdamW; Muon's ZeRO is training.muon's, tested against the unsharded one.
+        **({"zero_allow_untested_optimizer": True} if config.optimizer.name == "muon" else {}),
         "steps_per_print": None,
     }
     unread = unread_keys(generated)
@@ -75,6 +78,8 @@ class _ReadKeys(dict):
 def unread_keys(generated: dict) -> set[str]:
     """Top-level keys that the installed DeepSpeed never looks at: it would ignore them without a word."""
     watched = _ReadKeys(generated)
+    if not dist.is_initialized():  # in a dry run: DeepSpeed then takes itself for the only process
+        watched["train_batch_size"] = generated["train_micro_batch_size_per_gpu"] * generated["gradient_accumulation_steps"]
     DeepSpeedConfig(watched)
     return generated.keys() - watched.read
 
@@ -93,12 +98,10 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     if config.zero.stage == 3:
         # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=0.0,  # train_step sets every step's rate; until then a step, such as DeepSpeed's below, must change nothing
-        fused=torch.cuda.is_available(),
-    )
+    optimizer = build_optimizer(model, config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
+    if config.optimizer.name == "muon" and config.zero.stage > 0:
+        find_shards(optimizer, engine.optimizer, [layer.weight for layer in hidden_layers(model)])
     if config.zero.stage == 0:
         # Its bf16 optimizer allocates the states by a step with zero gradients, which would count in Adam's bias correction.
         optimizer.state.clear()
@@ -108,11 +111,29 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     return engine
 
 
+def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW, or Muon with AdamW, with a learning rate of 0: train_step sets every step's, and DeepSpeed's own before it must change nothing."""
+    muon, fused = config.optimizer.name == "muon", torch.cuda.is_available()
+    groups = [named | own for named, own in zip(parameter_groups(model, hidden_apart=muon), group_settings(config.optimizer), strict=True)]
+    if not muon:
+        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    matrices = [Matrix(layer.out_features, layer.in_features, layer.parts) for layer in hidden_layers(model)]
+    return MuonWithAdamW(groups, matrices, dtype=dtype, fused=fused)
+
+
+def group_settings(settings: OptimizerSection) -> list[dict]:
+    """What the configuration says of each of ``parameter_groups``; ``lr_scale``: its learning rate in units of optimizer.lr."""
+    adamw = {"algorithm": "adamw", "lr_scale": 1.0, "betas": tuple(settings.betas), "eps": settings.eps}
+    muon = {"algorithm": "muon", "lr_scale": settings.muon_lr / settings.lr, "momentum": settings.muon_momentum, "weight_decay": settings.muon_weight_decay}
+    return [muon] * (settings.name == "muon") + [adamw | {"weight_decay": settings.weight_decay}, adamw | {"weight_decay": 0.0}]
+
+
 def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, config: Config) -> None:
-    """Give AdamW the configuration's settings.  A loaded checkpoint brings its own, and a universal one those of one group for both."""
+    """Give the optimizer the configuration's settings.  A loaded checkpoint brings its own, and a universal one those of one group for all."""
     settings = config.optimizer
-    for group, weight_decay in zip(engine.optimizer.param_groups, (settings.weight_decay, 0.0), strict=True):
-        group |= {"betas": tuple(settings.betas), "eps": settings.eps, "weight_decay": weight_decay}
+    for group, own in zip(engine.optimizer.param_groups, group_settings(settings), strict=True):
+        group |= own
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = settings.grad_clip
 
@@ -138,7 +159,7 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torc
     """
     lr = learning_rate(step, config.train.steps, config.optimizer)
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     targets = torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in micro_batches]).sum().double()
     dist.all_reduce(targets)
     # DeepSpeed averages gradients over ranks; times the world size that is the sum the division by targets needs.

@@ -91,13 +91,39 @@ _PEAK_TFLOPS = (
 )
 
 
+# Device name, as above -> compute capability; NVIDIA's list of CUDA GPUs.
+_CAPABILITIES = (
+    (r"A100.*|A30", (8, 0)),
+    (r"A10|A10G|A40|RTX A6000|RTX 3090", (8, 6)),
+    (r"L4|L40|L40S|RTX 6000 Ada Generation|RTX 4090", (8, 9)),
+    (r"G?H[12]00.*", (9, 0)),
+    (r"G?B200", (10, 0)),
+    (r"RTX 5090", (12, 0)),
+)
+
+
+def known_gpus() -> list[str]:
+    """Patterns of the device names whose peak is known."""
+    return [pattern for pattern, *_ in _PEAK_TFLOPS]
+
+
+def compute_capability(device_name: str) -> tuple[int, int] | None:
+    """Compute capability of a device whose peak is known; None for others."""
+    if peak_flops(device_name, "fp32") is None:
+        return None
+    return next(capability for pattern, capability in _CAPABILITIES if re.fullmatch(pattern, _plain(device_name)))
+
+
+def _plain(device_name: str) -> str:
+    return re.sub(r"^GeForce ", "", re.sub(r"^NVIDIA ", "", device_name.strip()))
+
+
 def peak_flops(device_name: str, precision: Literal["bf16", "fp32"]) -> float | None:
     """Dense peak in FLOP/s of one GPU; None for a CPU or a device the table does not know: MFU is then null, never guessed.
 
     device_name: as `torch.cuda.get_device_name()` gives it.
     """
-    name = re.sub(r"^NVIDIA ", "", device_name.strip())
-    name = re.sub(r"^GeForce ", "", name)
+    name = _plain(device_name)
     for pattern, bf16, fp32, _source in _PEAK_TFLOPS:
         if re.fullmatch(pattern, name):
             return {"bf16": bf16, "fp32": fp32}[precision] * 1e12

@@ -15,9 +15,10 @@ class Meter:
     """Turns step results and clock readings into rows; see ``training.flops`` for MFU and HFU.
 
     elapsed_seconds: of earlier starts of the run.
+    device_name: of the GPUs; None: this machine's.
     """
 
-    def __init__(self, config: Config, world: int, *, elapsed_seconds: float = 0.0):
+    def __init__(self, config: Config, world: int, *, elapsed_seconds: float = 0.0, device_name: str | None = None):
         model = config.model
         self.world = world
         self.tokens_per_step = config.train.global_batch_size * model.sequence_length
@@ -27,7 +28,7 @@ class Meter:
         self.flops_per_token = model_flops_per_token(**shape)
         self.hardware_flops_per_token = hardware_flops_per_token(
             **shape, recomputed_parameters=self.parameters["recomputed"], activation_checkpointing=config.train.activation_checkpointing)
-        self.device_name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        self.device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
         self.peak_flops = peak_flops(self.device_name, config.train.precision)
         self.started = time.perf_counter() - elapsed_seconds
 

@@ -78,6 +78,34 @@ def other_layouts(out: Path) -> dict:
     return seen
 
 
+def muon(out: Path) -> dict:
+    """Each way in which DeepSpeed keeps optimizer states, with Muon's, resumed in the same layout; and conversions to and from each."""
+    def build(stage: int, precision: str) -> Config:
+        return configuration(stage, precision, "optimizer.name=muon")
+
+    seen, same = {}, {}
+    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16")):
+        config, folder = build(stage, precision), out / f"muon-{precision}-{stage}"
+        engine = build_engine(config, end_of_text=END_OF_TEXT)
+        train(engine, config, 0, SAVED_AT)
+        write(engine, folder, SAVED_AT, config)
+        whole = train(engine, config, SAVED_AT, END)
+        hashes = tensor_hashes(write(engine, out / "whole" / folder.name, END, config))
+        engine.destroy()
+        checkpoint, _ = find_checkpoint("auto", folder)
+        same[f"{precision}-{stage}"] = {"whole": whole, "hashes": hashes, "resumed": resumed(checkpoint, config, out / "again" / folder.name)}
+    for source, target in (("fp32-0", "fp32-3"), ("fp32-3", "fp32-2"), ("fp32-2", "fp32-0"), ("bf16-1", "bf16-3"), ("bf16-0", "bf16-1")):
+        checkpoint = Checkpoint.read(out / f"muon-{source}" / "step_00000003")
+        precision, stage = target.split("-")
+        seen[f"{source} {target}"] = resumed(checkpoint, build(int(stage), precision), out / "converted" / f"muon-{source}" / target)
+    other = configuration(2, "fp32")
+    try:
+        refusal = str(check_fits(Checkpoint.read(out / "muon-fp32-2" / "step_00000003"), other, corpus_sha256=""))
+    except UserFault as error:
+        refusal = str(error)
+    return {"same_layout": same, "other_layouts": seen, "adamw": refusal}
+
+
 def new_hyperparameters(out: Path) -> list:
     config = configuration(2, "fp32", "optimizer.weight_decay=0.5", "optimizer.grad_clip=0.25", "optimizer.eps=1e-6")
     engine = build_engine(config)
@@ -168,7 +196,7 @@ def main() -> None:
     join_process_group()
     folder = out.parent / "checkpoints"
     seen = {"same_layout": same_layout(folder), "other_layouts": other_layouts(folder), "new_hyperparameters": new_hyperparameters(folder),
-            "other_settings": other_settings(folder),
+            "other_settings": other_settings(folder), "muon": muon(folder),
             "initial_weights": initial_weights(), "not_finite": not_finite(folder), "plain": plain_and_zero()}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(seen))

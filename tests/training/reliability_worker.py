@@ -213,6 +213,16 @@ def asked_for(scenario: Scenario) -> dict:
     }
 
 
+def decays(scenario: Scenario) -> dict:
+    """A decay that begins at a checkpoint of a stable phase, beside the run that decayed there without a stop; and one that comes too late for that."""
+    decay = ["optimizer.schedule=wsd", "optimizer.decay_steps=6", "train.steps=14"]
+    resume = f"checkpoint.resume={scenario.folder}/runs/stable/checkpoints/step_00000008"
+    return {"stable": scenario.run("stable", "optimizer.schedule=constant", "train.steps=10", "checkpoint.every=8"),
+            "branch": scenario.run("decayed", *decay, resume),
+            "whole": scenario.run("decayed-whole", *decay),
+            "late": scenario.run("decayed-late", *decay, "optimizer.decay_steps=9", resume)}
+
+
 def crashed(scenario: Scenario) -> dict:
     """Killed before the first checkpoint, and killed after rows that no checkpoint holds."""
     kill = lambda step: at_step(step, 1, signal_self(signal.SIGKILL))  # noqa: E731
@@ -266,7 +276,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     scenario = Scenario(folder)
     import_what_a_run_imports(["--config", str(folder / "run.yaml"), "run.name=first", "train.steps=2"], log=folder / "first.log")
-    seen = {part.__name__: part(scenario) for part in (exact, signals, damage, untrusted, asked_for, crashed, disk_full, diverging, hung)}
+    seen = {part.__name__: part(scenario) for part in (exact, signals, damage, untrusted, asked_for, decays, crashed, disk_full, diverging, hung)}
     (folder / "seen.json").write_text(json.dumps(seen))
 
 

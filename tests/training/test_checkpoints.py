@@ -42,6 +42,21 @@ def test_every_layout_loads_into_every_other(seen):
         assert run["weight_decays"] == [0.3, 0.0], conversion
 
 
+def test_muons_checkpoints_resume_bit_for_bit_and_load_into_other_layouts(seen):
+    muon = seen["muon"]
+    assert len(muon["same_layout"]) == len(muon["other_layouts"]) == 5
+    for layout, run in muon["same_layout"].items():
+        assert run["resumed"]["rows"] == run["whole"] and run["resumed"]["hashes"] == run["hashes"], layout
+    for conversion, run in muon["other_layouts"].items():
+        expected = muon["same_layout"][conversion.split()[0]]["whole"]
+        # bf16 in the orthogonalisation makes much of small differences.
+        bounds = WITHIN_FP32 if conversion.startswith("fp32") else ACROSS_PRECISIONS
+        for found, wanted in zip(run["rows"], expected, strict=True):
+            assert found[0] == pytest.approx(wanted[0], rel=bounds[0]) and found[1] == pytest.approx(wanted[1], rel=bounds[1]), conversion
+        assert run["adam_steps"] == [6.0] and run["weight_decays"] == [0.01, 0.3, 0.0], conversion
+    assert "does not fit this configuration" in muon["adamw"] and "optimizer.name: muon -> adamw" in muon["adamw"]
+
+
 def test_a_resumed_run_takes_its_hyperparameters_from_the_configuration(seen):
     assert seen["new_hyperparameters"] == [[0.5, 0.0], [1e-6, 1e-6], 0.25]
 

@@ -48,7 +48,16 @@ def test_shipped_configurations_load_and_have_the_parameters_their_comment_says(
 
 
 def test_the_shipped_configurations_are_all_there():
-    assert {"base", "quickstart", "gpt2-124m", "gpt2-124m-documents", "gpt2-355m", "gpt-1.3b", "llama-1b"} <= {path.stem for path in CONFIGS}
+    assert {
+        "base", "quickstart", "gpt2-124m", "gpt2-124m-documents", "gpt2-355m", "gpt2-774m", "gpt-1.3b", "gpt-2.7b", "gpt-6.7b", "llama-160m", "llama-1b", "llama-7b",
+    } <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("name, vocab_size, published", [
+    ("gpt2-774m", 50257, 774_030_080), ("llama-160m", 32000, 162_417_408), ("llama-7b", 32000, 6_738_415_616)])
+def test_geometries_have_the_parameters_of_the_released_weights(name, vocab_size, published):
+    config, _ = load_config(f"configs/{name}.yaml", [f"model.vocab_size={vocab_size}"])
+    assert count_parameters(config.model)["total"] == published
 
 
 def test_base_is_inherited_key_by_key_and_the_command_line_wins(load):
@@ -228,3 +237,16 @@ def test_auto_passes_over_a_backend_that_lacks_what_is_asked_for(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     for key in ("attention.window=64", "attention.dropout=0.1", "attention.document_mask=true", "model.positions=alibi"):
         assert load_config("configs/gpt2-124m.yaml", [key])[0].attention.backend == "triton"
+
+
+@pytest.mark.parametrize("given, resolved", [
+    ("schedule: wsd", 60), ("schedule: wsd, decay_steps: 7", 7), ("schedule: wsd, warmup_steps: 280", 20), ("schedule: wsd, warmup_steps: 300", 1), ("schedule: cosine", None)])
+def test_the_decay_of_wsd_is_a_fifth_of_the_run_unless_given(load, given, resolved):
+    assert load(run=f"optimizer: {{{given}}}").optimizer.decay_steps == resolved
+
+
+def test_a_configuration_can_be_resolved_for_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config, _ = load_config("configs/gpt2-124m.yaml", ["attention.backend=sdpa_flash"], assumed_gpu=(9, 0))
+    assert config.attention.backend == "sdpa_flash"
+    assert "bf16 needs compute capability 8.0" in faults_of(lambda: load_config("configs/gpt2-124m.yaml", assumed_gpu=(7, 5)))

@@ -1,6 +1,6 @@
 import pytest
 
-from training.flops import attention_pairs, hardware_flops_per_token, model_flops_per_token, peak_flops
+from training.flops import attention_pairs, compute_capability, hardware_flops_per_token, known_gpus, model_flops_per_token, peak_flops
 
 # GPT-2 124M at 1024 tokens, by hand. Parameters that multiply every token: 12 blocks of 12 * 768^2 weights, 13 * 768 biases and norm
 # entries, the final norm (2 * 768), and the tied embedding padded to 50304 rows.
@@ -84,3 +84,17 @@ def test_peak_by_device_name(name, bf16, fp32):
 )
 def test_peak_is_never_guessed(name):
     assert peak_flops(name, "bf16") is None
+    assert compute_capability(name) is None
+
+
+@pytest.mark.parametrize("name, capability", [
+    ("NVIDIA A100-SXM4-80GB", (8, 0)), ("NVIDIA A30", (8, 0)), ("NVIDIA A10G", (8, 6)), ("NVIDIA GeForce RTX 3090", (8, 6)), ("NVIDIA L40S", (8, 9)),
+    ("NVIDIA H100 80GB HBM3", (9, 0)), ("NVIDIA H200", (9, 0)), ("NVIDIA GH200 480GB", (9, 0)), ("NVIDIA B200", (10, 0)), ("NVIDIA GeForce RTX 5090", (12, 0))])
+def test_compute_capability_by_device_name(name, capability):
+    assert compute_capability(name) == capability
+
+
+@pytest.mark.parametrize("alternatives", known_gpus())
+def test_every_device_whose_peak_is_known_has_a_capability(alternatives):
+    for name in ("A100-SXM4-40GB", "A100 80GB PCIe", "GH200 480GB", "GH200 144G HBM3e") if "|" in alternatives else (alternatives,):
+        assert compute_capability(name)

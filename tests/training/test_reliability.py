@@ -148,6 +148,18 @@ def test_a_run_branches_off_from_another_ones_checkpoint(folder, seen):
     assert curve(folder, "branch2") == curve(folder, "parts")[12:]
 
 
+def test_a_decay_that_begins_at_a_checkpoint_is_that_of_an_uninterrupted_run(folder, seen):
+    assert curve(folder, "decayed") == curve(folder, "decayed-whole")[8:] and len(curve(folder, "decayed")) == 6
+    branch, whole = (tensor_hashes(folder / "runs" / run / "checkpoints/step_00000014") for run in ("decayed", "decayed-whole"))
+    assert branch == whole
+    assert [row[2] for row in curve(folder, "stable")[2:]] == [0.01] * 8 and curve(folder, "stable")[:8] == curve(folder, "decayed-whole")[:8]
+    output = seen["decays"]["branch"]["output"]
+    assert "changed since the checkpoint: optimizer.schedule: constant -> wsd" in output
+    assert "all 8 steps so far had the one that this configuration gives them" in output
+    late = seen["decays"]["late"]
+    assert late["code"] == 0 and "learning rate: step 6 had 0.01 and would have" in late["output"] and "no uninterrupted run has this curve" in late["output"]
+
+
 def test_a_finished_run_goes_on_with_more_steps(folder, seen):
     assert seen["asked_for"]["longer"]["code"] == 0
     assert [row["step"] for row in read_metrics(folder / "runs/whole")[0]] == list(range(1, 25))

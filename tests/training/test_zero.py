@@ -56,6 +56,19 @@ def test_bf16_agrees_over_the_stages_and_with_fp32(seen):
     assert_same_training(seen["bf16"]["3"], seen["plain"], relative=1e-3)
 
 
+def test_muon_trains_as_torchs_muon_and_adamw_do_on_one_process(seen):
+    """Grouped queries and SwiGLU: queries, keys and values, and gate and value, are matrices of their own, of other sizes."""
+    muon = seen["muon"]
+    assert len(muon["fp32"]) == 5
+    for run in muon["fp32"].values():
+        assert_same_training(run, muon["plain"])
+        assert run["furthest"] < 2e-5
+    assert_same_training(muon["bf16"]["1"], muon["bf16"]["3"])
+    for run in muon["bf16"].values():
+        assert_same_training(run, muon["plain"], relative=5e-3)
+    assert muon["plain"]["losses"][1] != pytest.approx(seen["plain_llama"]["losses"][1], rel=1e-4), "not AdamW's"
+
+
 def test_initial_weights_under_zero_init_are_the_plain_ones(seen):
     assert seen["initial_weights"]["equal_to_plain"]
 

@@ -7,12 +7,13 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
-from model.gpt import GPT, IGNORED_LABEL, parameter_groups
+from model.gpt import GPT, IGNORED_LABEL, hidden_layers, parameter_groups
 from training.batches import validation_batches
 from training.config import Config, load_config
 from training.corpus import Corpus, write_corpus
@@ -56,32 +57,64 @@ def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tupl
     return list(zip(tokens.split(config.train.micro_batch_size), labels.split(config.train.micro_batch_size), strict=True))
 
 
-def train(config: Config, ignored: bool = False) -> dict:
+def train(config: Config, ignored: bool = False, expected: dict[str, torch.Tensor] | None = None) -> dict:
     engine = build_engine(config, end_of_text=END_OF_TEXT)
     results = []
     for step in range(STEPS):
         results.append(train_step(engine, micro_batches(config, step, ignored), step, config))
+    found = {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+    if expected is not None:
+        found["furthest"] = furthest(engine, expected)
     engine.destroy()
-    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+    return found
 
 
-def train_plainly(config: Config, ignored: bool = False) -> dict:
-    """The same without DeepSpeed, processes or micro batches: the whole global batch in one forward and backward."""
+def furthest(engine: deepspeed.DeepSpeedEngine, expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a matrix from what is expected of it, relative to its largest element; biases of keys follow rounding errors."""
+    differences = []
+    for name, parameter in engine.module.named_parameters():
+        if expected[name].dim() < 2:
+            continue
+        with deepspeed.zero.GatheredParameters(parameter, enabled=engine.zero_optimization_stage() == 3):
+            differences.append(float((parameter.detach() - expected[name]).abs().max() / expected[name].abs().max()))
+    return max(differences)
+
+
+def train_plainly(config: Config, ignored: bool = False, parameters: dict[str, torch.Tensor] | None = None) -> dict:
+    """The same without DeepSpeed, processes or micro batches: the whole global batch in one forward and backward, torch's own optimizers.
+
+    parameters: what is given here gets those after the last step.
+    """
     torch.manual_seed(config.run.seed)
     model = GPT(config.model, config.attention.model_copy(update={"backend": "eager"}), end_of_text=END_OF_TEXT)
     o = config.optimizer
-    optimizer = torch.optim.AdamW(parameter_groups(model, o.weight_decay), lr=o.lr, betas=tuple(o.betas), eps=o.eps)
+    *hidden, decayed, kept = parameter_groups(model, hidden_apart=o.name == "muon")
+    adamw = torch.optim.AdamW([decayed | {"weight_decay": o.weight_decay}, kept | {"weight_decay": 0.0}], betas=tuple(o.betas), eps=o.eps)
+    # The matrices stacked in a parameter, each a parameter in the same storage, for torch's Muon knows nothing of them.
+    stacked = {layer.weight: [torch.nn.Parameter(part) for part in layer.weight.data.split(layer.parts)] for layer in hidden_layers(model) if hidden}
+    muon = torch.optim.Muon([part for parts in stacked.values() for part in parts], momentum=o.muon_momentum, weight_decay=o.muon_weight_decay) if hidden else None
     losses, norms = [], []
     for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config.train.steps, o)
+        rate = learning_rate(step, config.train.steps, o)
+        for group in adamw.param_groups:
+            group["lr"] = rate
         tokens, labels = global_batch(config, step, ignored)
         loss = model(tokens, labels) / (labels != IGNORED_LABEL).sum()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item())
         losses.append(loss.item())
-        optimizer.step()
-        optimizer.zero_grad()
+        adamw.step()
+        if muon:
+            for whole, parts in stacked.items():
+                for part, gradient in zip(parts, whole.grad.split([len(part) for part in parts]), strict=True):
+                    part.grad = gradient
+            muon.param_groups[0]["lr"] = rate * o.muon_lr / o.lr
+            # torch's Newton-Schulz is in bf16, whose rounding makes much of what fp32 sums in another order differ by.
+            with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+                muon.step()
+        model.zero_grad()
+    if parameters is not None:
+        parameters |= {name: p.detach() for name, p in model.named_parameters()}
     return {"losses": losses, "grad_norms": norms}
 
 
@@ -96,6 +129,16 @@ def grid() -> dict:
     return cells
 
 
+def muon() -> dict:
+    """Every stage in fp32, its matrices after the last step too, against torch's Muon and AdamW on one process; and in bf16."""
+    settings, expected = ["optimizer.name=muon", "optimizer.muon_lr=0.2", "optimizer.grad_clip=0.5", *LLAMA], {}
+    plain = train_plainly(configure(*settings), parameters=expected)
+    stages = {stage: train(configure(*settings, f"zero.stage={stage}"), expected=expected) for stage in range(4)}
+    stages["accumulated"] = train(configure(*settings, "train.gradient_accumulation_steps=2"), expected=expected)
+    bf16 = ["train.precision=bf16", "attention.backend=sdpa"]
+    return {"plain": plain, "fp32": stages, "bf16": {stage: train(configure(*settings, *bf16, f"zero.stage={stage}")) for stage in (0, 1, 3)}}
+
+
 def initial_weights() -> dict:
     """Standard deviations under ZeRO-3, and whether the weights are those of a model built without it."""
     config = configure("model.hidden_size=64", "model.layers=8", "model.dropout=0.0")
@@ -107,7 +150,7 @@ def initial_weights() -> dict:
         with deepspeed.zero.GatheredParameters(parameter):
             stds[name] = parameter.detach().std(correction=0).item()
             equal &= torch.equal(parameter.data, plain[name].data)
-    groups = parameter_groups(engine.module, 0.1)
+    groups = parameter_groups(engine.module)
     decayed = {id(p) for p in groups[0]["params"]}
     names = [name for name, p in engine.module.named_parameters() if id(p) in decayed]
     engine.destroy()
@@ -228,6 +271,7 @@ def main() -> None:
         "plain_ignored": train_plainly(configure(), ignored=True),
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
+        "muon": muon(),
         "bf16_gradient_error": {stage: bf16_gradient_error(stage) for stage in (1, 2, 3)},
         "initial_weights": initial_weights(),
         "dropout": dropout_differs(),
