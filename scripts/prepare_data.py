@@ -348,8 +348,8 @@ def is_prepared(folder: Path, tokenizer: Tokenizer, wanted: dict) -> bool:
     return True
 
 
-def open_source(options: argparse.Namespace) -> tuple[dict, list[str], Callable[[], list[Part]]]:
-    """What the corpus is made of: what the manifest says about it, --source as it is to be given again, and the parts to prepare."""
+def open_source(options: argparse.Namespace) -> tuple[dict, list[str], Callable[[], tuple[list[Part], Counter]]]:
+    """What the corpus is made of: what the manifest says about it, --source as it is to be given again, the parts and what is not in them."""
     name = options.source[0]
     provenance = {"validation_fraction": options.validation_fraction, "max_bytes": options.max_bytes, "preparation_version": PREPARATION_VERSION}
     files, hidden = ([], Counter()) if name in NAMED_SOURCES or name.startswith(HUB_PREFIX) else find_files(options.source, options.out)
@@ -363,15 +363,15 @@ def open_source(options: argparse.Namespace) -> tuple[dict, list[str], Callable[
         sizes = {"validation_fraction": options.validation_fraction, "max_bytes": options.max_bytes}
         found = row_files(files, field, **sizes) if row_paths else hub_rows(name, field, **sizes)
         provenance = {"source": found.name, "source_versions": found.versions, "text_field": field, **provenance}
-        return provenance, again if row_paths else [found.name], lambda: found.parts
+        return provenance, again if row_paths else [found.name], lambda: (found.parts, Counter())
     if options.text_field is not None:
         raise ValueError(f"--text-field {options.text_field}: {name} has no rows; leave it out, or give {', '.join(ROW_SUFFIXES)} files or hf:DATASET")
     source = NAMED_SOURCES[name]() if name in NAMED_SOURCES else local_files(files, hidden)
     return {"source": source.name, "source_versions": source.versions, **provenance}, again, lambda: document_parts(source, options)
 
 
-def document_parts(source: Source, options: argparse.Namespace) -> list[Part]:
-    """The documents of a source, in order, a block's worth in each part."""
+def document_parts(source: Source, options: argparse.Namespace) -> tuple[list[Part], Counter]:
+    """The documents of a source, in order, a block's worth in each part; and how many files were left out, by reason."""
     documents, left_out = source.read()
     if left_out:
         print(f"left out: {', '.join(f'{count} {reason}' for reason, count in sorted(left_out.items()))}", file=sys.stderr)
@@ -386,7 +386,7 @@ def document_parts(source: Source, options: argparse.Namespace) -> list[Part]:
             filled = 0
         groups[-1].append(("validation" if document.name in validation else "train", document))
         filled += document.text_bytes
-    return [Part(partial(read_documents, group), text_bytes=sum(document.text_bytes for _, document in group)) for group in groups]
+    return [Part(partial(read_documents, group), text_bytes=sum(document.text_bytes for _, document in group)) for group in groups], left_out
 
 
 def read_documents(documents: list[tuple[str, Document]], first: int) -> Iterator[tuple[str, str]]:
@@ -396,12 +396,13 @@ def read_documents(documents: list[tuple[str, Document]], first: int) -> Iterato
 def prepare(options: argparse.Namespace) -> Corpus:
     """Prepares the corpus that `options` describe, unless it is there already, and opens it."""
     tokenizer = load_tokenizer(options.tokenizer, options.end_of_text)
-    provenance, again, parts = open_source(options)
+    provenance, again, read_parts = open_source(options)
     if not options.overwrite and is_prepared(options.out, tokenizer, provenance):
         print(f"{options.out}: already prepared from the same source, options and tokenizer; nothing to do")
         return Corpus.open(options.out)
-    corpus, read_bytes = prepare_corpus(options.out, tokenizer=tokenizer, parts=parts(), provenance=provenance, processes=options.processes,
-                                        prepare_command=prepare_command(options, again), overwrite=options.overwrite)
+    parts, left_out = read_parts()
+    corpus, read_bytes = prepare_corpus(options.out, tokenizer=tokenizer, parts=parts, left_out=left_out, provenance=provenance,
+                                        processes=options.processes, prepare_command=prepare_command(options, again), overwrite=options.overwrite)
     counted = sum(corpus.split(split).text_bytes for split in SPLITS)
     if abs(counted / read_bytes - 1) > MOST_TEXT_CHANGED:
         print(f"tokenizer {tokenizer.name} changes the text: its tokens stand for {counted / read_bytes:.1%} of the bytes that were read, and bits per "

@@ -37,7 +37,12 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    corpus: str = "data/shakespeare-gpt2"
+    corpus: str | None = "data/shakespeare-gpt2"
+    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
+
+    def weights(self) -> dict[str, float]:
+        """Folder -> weight of every corpus; one of the two keys is null."""
+        return self.mixture or {self.corpus: 1.0}
 
 
 class TrainSection(Section):
@@ -300,7 +305,7 @@ def _run_name(file: Path, overridden: dict[str, str]) -> str:
     holders = Counter(key for section in Config.model_fields.values() for key in section.annotation.model_fields)
     differing = []
     for key, value in overridden.items():
-        last = key.split(".")[-1]
+        last = Path(key.split(".")[-1]).name  # a key of data.mixture is a folder
         if not key.startswith(silent):
             differing.append(f"{key if holders[last] > 1 else last}={re.sub(r'[^-.,=+0-9A-Za-z_]', '', Path(value).name)}")
     name = ",".join([file.stem, *differing])
@@ -321,6 +326,9 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
     if optimizer.warmup_steps > config.train.steps:
         what = f"{optimizer.warmup_steps} steps of warm-up do not fit into train.steps {config.train.steps}; lower it"
         faults.append(({"optimizer", "train"}, "optimizer.warmup_steps", what))
+    if (config.data.corpus is None) == (config.data.mixture is None):
+        what = "both name corpora; make one of them null" if config.data.corpus else "both are null; name a folder in data.corpus, or several in data.mixture"
+        faults.append(({"data"}, "data.mixture", f"data.corpus and data.mixture {what}"))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
     if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +59,10 @@ class _Job:
 
 
 def prepare_corpus(folder: Path, *, tokenizer: Tokenizer, parts: list[Part], provenance: dict, prepare_command: str, processes: int,
-                   overwrite: bool = False, shard_tokens: int = SHARD_TOKENS, block_bytes: int = BLOCK_BYTES) -> tuple[Corpus, int]:
+                   left_out: Mapping[str, int] | None = None, overwrite: bool = False, shard_tokens: int = SHARD_TOKENS, block_bytes: int = BLOCK_BYTES) -> tuple[Corpus, int]:
     """Tokenizes the parts into `folder`, which appears whole or not at all; see training.corpus.write_corpus, which does it in one go.
 
-    Progress goes to stderr. Returns the corpus and how many bytes of text were read. Raises CorpusError also where another preparation of
+    Progress goes to stderr. `left_out`: what the source left out already, by reason. Returns the corpus and how many bytes of text were read. Raises CorpusError also where another preparation of
     the folder is running, or an unfinished one was of something else; ValueError for what is wrong with the source.
     """
     refuse_existing(folder, overwrite)
@@ -75,7 +75,7 @@ def prepare_corpus(folder: Path, *, tokenizer: Tokenizer, parts: list[Part], pro
             _prepare_parts(job, parts, processes)
             records = [record for number in range(len(parts)) for record in _records(partial, number)]
             splits = _gather_shards(partial, records)
-            left_out = sum((Counter(record["left_out"]) for record in records), Counter())
+            left_out = sum((Counter(record["left_out"]) for record in records), Counter(left_out))
             corpus = publish(folder, partial / "corpus", tokenizer, splits, {**provenance, "left_out": dict(left_out)}, prepare_command)
         except ValueError:  # no other start of the same would fare better
             shutil.rmtree(partial)
