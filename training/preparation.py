@@ -117,7 +117,7 @@ def _begin(partial: Path, wanted: dict, overwrite: bool) -> None:
 
 def _is_whole(partial: Path) -> bool:
     """Whether the shards of the finished blocks are still there: not after a crash between the corpus's completion and this folder's removal."""
-    records = (json.loads(file.read_text(encoding="utf-8")) for file in partial.glob("block_*/record.json"))
+    records = (json.loads(file.read_text(encoding="utf-8")) for file in partial.glob("block_?????_?????/record.json"))
     return (partial / "corpus").exists() or all(
         (_block_folder(partial, record["part"], record["block"]) / shard["name"]).exists()
         for record in records for split in SPLITS for shard in record["splits"][split]["shards"])
