@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -112,16 +113,15 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     from training import checkpoints
     from training.batches import TrainingBatches, validation_batches
     from training.engine import build_engine, deepspeed_config, train_step
-    from training.evaluation import evaluate, sample_text
+    from training.evaluation import evaluate, mixed, sample_text
     from training.metering import Meter
-    from training.tokenizers import load_tokenizer
     from training.tracking import METRICS_FILE, ProgressLine, collect_environment
 
     agree("attention.backend", config.attention.backend)
 
     # 2. The data, checked whole before the first step: one process a host reads every byte.
     corpus = together(lambda: open_corpus(config, verify=ranks.local_rank == 0))
-    tokenizer = load_tokenizer(corpus.tokenizer_name)
+    tokenizer = corpus.load_tokenizer()
 
     # 3. Where the run begins: with a checkpoint, found intact, or with nothing.
     checkpoint, passed_over = checkpoints.find_checkpoint(config.checkpoint.resume, run_dir / "checkpoints")
@@ -132,7 +132,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # 4. The record of the run: run.json, metrics.jsonl, wandb.
     meter = Meter(config, ranks.world, elapsed_seconds=state.elapsed_seconds)
     info = {"config": config.model_dump(), "deepspeed_config": deepspeed_config(config), "corpus_sha256": corpus.sha256,
-            **meter.description()}
+            "corpora": corpora_facts(corpus, config), **meter.description()}
     recorder = together(lambda: open_recorder(config, run_dir, {**info, "environment": collect_environment()}, meter, checkpoint), here=first)
     if first:
         state.wandb_id = recorder.wandb_id
@@ -146,12 +146,13 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
         if checkpoint:
             checkpoints.load(engine, checkpoint, config, scratch=run_dir / "checkpoints")
     shape = {"sequence_length": config.model.sequence_length, "rank": ranks.rank, "world": ranks.world, "device": engine.device}
-    batches = TrainingBatches(corpus.split("train"), micro_batch_size=config.train.micro_batch_size,
+    batches = TrainingBatches([each.split("train") for each in corpus.corpora], shares=corpus.shares, micro_batch_size=config.train.micro_batch_size,
                               accumulation=config.train.gradient_accumulation_steps, seed=config.run.seed, **shape)
 
     def validate() -> dict:
-        held_out = validation_batches(corpus.split("validation"), batch_size=config.train.micro_batch_size, sequences=config.eval.sequences, **shape)
-        return evaluate(engine, held_out, corpus.token_bytes)
+        held_out = (validation_batches(each.split("validation"), batch_size=config.train.micro_batch_size, sequences=config.eval.sequences, **shape)
+                    for each in corpus.corpora)
+        return mixed({name: evaluate(engine, batches, corpus.token_bytes) for name, batches in zip(corpus.names, held_out, strict=True)}, corpus.shares)
 
     def save_checkpoint() -> Path:
         stop.saving = True
@@ -245,23 +246,37 @@ def make_run_dir(run_dir: Path) -> None:
 
 
 def open_corpus(config: Config, *, verify: bool):
-    """The corpus, found whole and fit for this model; ValueError otherwise."""
-    from training.corpus import Corpus
+    """The corpora as one, found whole and fit for this model and each other; ValueError otherwise."""
+    from training.mixture import Mixture
 
-    corpus = Corpus.open(config.data.corpus)
+    corpus = Mixture.open(config.data.weights())
     corpus.check_fits(model_vocab_size=config.model.vocab_size, sequence_length=config.model.sequence_length)
     if verify:
         corpus.verify()
     return corpus
 
 
+def corpora_facts(corpus, config: Config) -> list[dict]:
+    """What the run takes from each corpus, for run.json."""
+    found = corpus.facts(sequence_length=config.model.sequence_length, run_samples=config.train.steps * config.train.global_batch_size)
+    return [dataclasses.asdict(facts) for facts in found]
+
+
+def describe_data(config: Config, corpus) -> str:
+    """A line for each corpus."""
+    facts = corpora_facts(corpus, config)
+    lines = [f"{each['folder']}: {each['training_tokens']:,} training tokens, {each['epochs']:.2f} epochs of them in this run"
+             + f", {each['share']:.2%} of its samples" * (len(facts) > 1) for each in facts]
+    lines[-1] += f"; {corpus.tokenizer_name} tokenizer, corpus {corpus.sha256[:12]}"
+    return "\n".join(f"data   {line}" for line in lines)
+
+
 def describe(config: Config, meter, corpus=None) -> str:
-    """What is about to happen, in four lines, or three without a corpus: every derived number with where it comes from."""
+    """What is about to happen, a line each, without those of the data where there is no corpus: every derived number with where it comes from."""
     model, attention, train = config.model, config.attention, config.train
     within = f" in a window of {attention.window}" * (attention.window is not None) + " within documents" * attention.document_mask
     peak = f"{meter.peak_flops / 1e12:.0f} TFLOP/s peak in {train.precision}" if meter.peak_flops else "peak unknown, so no MFU"
-    data = "" if corpus is None else (
-        f"data   {corpus.folder}: {corpus.split('train').tokens:,} training tokens, {corpus.tokenizer_name} tokenizer, corpus {corpus.sha256[:12]}\n")
+    data = "" if corpus is None else f"{describe_data(config, corpus)}\n"
     return (
         f"model  {meter.parameters['total']:,} parameters: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads of {model.head_dim}, "
         f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}\n"

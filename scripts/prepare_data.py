@@ -3,6 +3,10 @@
     python scripts/prepare_data.py --source shakespeare --tokenizer bytes
     python scripts/prepare_data.py --source python-source --tokenizer gpt2
     python scripts/prepare_data.py --source books/ notes.txt --tokenizer gpt2 --out data/mine
+    python scripts/prepare_data.py --source rows/*.jsonl.gz more.parquet --text-field body --tokenizer models/mine
+    python scripts/prepare_data.py --source hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer gpt2 --validation-fraction 0.0005
+
+Several processes share the work, and what they have finished survives a crash: the same command goes on from there.
 """
 
 import argparse
@@ -14,21 +18,23 @@ import re
 import shlex
 import sys
 import sysconfig
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.corpus import SPLITS, Corpus, CorpusError, write_corpus
+from training.corpus import SPLITS, Corpus, CorpusError
+from training.preparation import BLOCK_BYTES, Part, prepare_corpus
+from training.rows import HUB_PREFIX, ROW_SUFFIXES, hub_rows, row_files
 from training.tokenizers import TOKENIZER_NAMES, Tokenizer, load_tokenizer
 
 PREPARATION_VERSION = 1  # raise it when the same source and options would give other text
 MAX_SOURCE_FILE_BYTES = 400_000  # larger Python files are generated tables
-PROGRESS_SECONDS = 5.0
+MOST_TEXT_CHANGED = 0.001  # beyond this share a tokenizer's bytes are told to differ from the text's
 
 
 @dataclass(frozen=True)
@@ -160,18 +166,27 @@ def visible_files(folder: Path, left_out: Counter) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
-def local_files(paths: list[str], out: Path) -> Source:
-    """Text files and folders of them; a file is a document, named by its path below the argument."""
+def find_files(paths: list[str], out: Path) -> tuple[list[tuple[str, Path]], Counter]:
+    """(name, path) of files and of those in folders, named by the path below the argument; and what was left out."""
     files, hidden = [], Counter()
     for root in map(Path, paths):
         if not root.exists():
-            raise ValueError(f"--source {root}: no such file or folder, and not one of {', '.join(NAMED_SOURCES)}")
+            raise ValueError(f"--source {root}: no such file or folder, and not one of {', '.join(NAMED_SOURCES)}, hf:DATASET")
         if out.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"--out {out} lies inside --source {root}, and would become part of it; choose another folder")
         top = root.resolve()
         found = [top] if top.is_file() else visible_files(top, hidden)
-        files += [(name := path.relative_to(top.parent).as_posix(), name, path) for path in found]
-    documents, left_out = scan_files(files)
+        files += [(path.relative_to(top.parent).as_posix(), path) for path in found]
+    return files, hidden
+
+
+def is_rows(path: Path) -> bool:
+    return path.name.endswith(ROW_SUFFIXES)
+
+
+def local_files(files: list[tuple[str, Path]], hidden: Counter) -> Source:
+    """Text files; a file is a document."""
+    documents, left_out = scan_files((name, name, path) for name, path in files)
     versions = [{"file": document.name, "bytes": document.text_bytes, "sha256": digest} for digest, document in documents.items()]
     return Source("files", versions, lambda: (list(documents.values()), left_out + hidden))
 
@@ -265,54 +280,55 @@ def split_documents(documents: list[Document], validation_fraction: float) -> di
 # ---------------------------------------------------------------- the program
 
 
-class Progress:
-    """Passes texts on to the tokenizer and says on stderr, every few seconds, how far they have come."""
-
-    def __init__(self, total_bytes: int):
-        self.total, self.done, self.started = total_bytes, 0, time.monotonic()
-        self.next_line = self.started + PROGRESS_SECONDS
-
-    def texts(self, documents: list[Document]) -> Iterator[str]:
-        for document in documents:
-            yield document.text()
-            self.done += document.text_bytes
-            now = time.monotonic()
-            if now >= self.next_line:
-                rate = self.done / (now - self.started)
-                print(f"{self.done / 1e6:.0f} of {self.total / 1e6:.0f} MB read, {rate / 1e6:.1f} MB/s, "
-                      f"{(self.total - self.done) / rate:.0f} s left", file=sys.stderr, flush=True)
-                self.next_line = now + PROGRESS_SECONDS
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Prepare a corpus: text -> tokens -> memory-mapped shards with a manifest.")
     parser.add_argument("--source", nargs="+", default=["shakespeare"], metavar="SOURCE",
-                        help=f"{', '.join(NAMED_SOURCES)}, or text files and folders (default: shakespeare)")
-    parser.add_argument("--tokenizer", choices=TOKENIZER_NAMES, default="bytes", help="default: bytes")
+                        help=f"{', '.join(NAMED_SOURCES)}; text files and folders of them, a document each; files and folders of rows "
+                             f"({', '.join(ROW_SUFFIXES)}); or a data set of the Hugging Face Hub, hf:NAME[@REVISION][:CONFIG[:SPLIT]], "
+                             "where NAME may be a folder (default: shakespeare)")
+    parser.add_argument("--text-field", metavar="NAME", help="field of a row that holds its text (default: text)")
+    parser.add_argument("--tokenizer", default="bytes", metavar="TOKENIZER",
+                        help=f"{', '.join(TOKENIZER_NAMES)}, a folder with a tokenizer.json, or a model of the Hugging Face Hub (default: bytes)")
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends a text (default: the eos_token of the tokenizer's tokenizer_config.json)")
     parser.add_argument("--out", type=Path, help="folder of the corpus (default: data/<source>-<tokenizer>)")
     parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="F",
                         help="share of the bytes, by document (default: 0.05)")
     parser.add_argument("--max-bytes", type=int, metavar="N", help="use documents of at most N bytes together")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="most processes to share the work; the corpus is the same for any number (default: one a core)")
     parser.add_argument("--overwrite", action="store_true", help="replace another corpus in the same folder")
     options = parser.parse_args(arguments)
     if not 0 < options.validation_fraction < 1:
         parser.error(f"--validation-fraction {options.validation_fraction}: must lie between 0 and 1")
     if options.max_bytes is not None and options.max_bytes < 1:
         parser.error(f"--max-bytes {options.max_bytes}: must be positive")
-    if len(options.source) > 1 and (named := NAMED_SOURCES.keys() & options.source):
+    if options.processes < 1:
+        parser.error(f"--processes {options.processes}: must be positive")
+    named = [source for source in options.source if source in NAMED_SOURCES or source.startswith(HUB_PREFIX)]
+    if len(options.source) > 1 and named:
         parser.error(f"--source {min(named)} stands alone (a file or folder of that name: ./{min(named)})")
     if options.out is None:
-        name = options.source[0] if options.source[0] in NAMED_SOURCES else Path(options.source[0]).resolve().stem
-        options.out = Path("data") / f"{name}-{options.tokenizer}"
+        options.out = Path("data") / f"{source_name(options.source[0])}-{Path(options.tokenizer).name}"
     return options
 
 
-def prepare_command(options: argparse.Namespace) -> str:
+def source_name(source: str) -> str:
+    """What the folder of a corpus is called: hf:HuggingFaceFW/fineweb-edu@REVISION:sample-10BT becomes fineweb-edu-sample-10BT."""
+    if source in NAMED_SOURCES:
+        return source
+    if not source.startswith(HUB_PREFIX):
+        return Path(source).resolve().name.split(".")[0] or "corpus"
+    name, *rest = source.removeprefix(HUB_PREFIX).split(":")
+    return "-".join([Path(name.partition("@")[0]).name, *filter(None, rest)])
+
+
+def prepare_command(options: argparse.Namespace, sources: list[str]) -> str:
     """The command that makes this corpus, less its folder."""
-    sources = [source if source in NAMED_SOURCES else str(Path(source).resolve()) for source in options.source]
-    words = ["python", "scripts/prepare_data.py", "--source", *sources, "--tokenizer", options.tokenizer]
+    tokenizer = options.tokenizer if options.tokenizer in TOKENIZER_NAMES or not Path(options.tokenizer).is_dir() else str(Path(options.tokenizer).resolve())
+    words = ["python", "scripts/prepare_data.py", "--source", *sources, "--tokenizer", tokenizer]
     words += ["--validation-fraction", str(options.validation_fraction)]
-    words += ["--max-bytes", str(options.max_bytes)] if options.max_bytes is not None else []
+    for option, value in (("--max-bytes", options.max_bytes), ("--text-field", options.text_field), ("--end-of-text", options.end_of_text)):
+        words += [option, str(value)] if value is not None else []
     return shlex.join(words)
 
 
@@ -332,37 +348,66 @@ def is_prepared(folder: Path, tokenizer: Tokenizer, wanted: dict) -> bool:
     return True
 
 
-def prepare(options: argparse.Namespace) -> Corpus:
-    """Prepares the corpus that `options` describe, unless it is there already, and opens it."""
-    tokenizer = load_tokenizer(options.tokenizer)
+def open_source(options: argparse.Namespace) -> tuple[dict, list[str], Callable[[], tuple[list[Part], Counter]]]:
+    """What the corpus is made of: what the manifest says about it, --source as it is to be given again, the parts and what is not in them."""
     name = options.source[0]
-    source = NAMED_SOURCES[name]() if name in NAMED_SOURCES else local_files(options.source, options.out)
-    provenance = {
-        "source": source.name,
-        "source_versions": source.versions,
-        "validation_fraction": options.validation_fraction,
-        "max_bytes": options.max_bytes,
-        "preparation_version": PREPARATION_VERSION,
-    }
-    if not options.overwrite and is_prepared(options.out, tokenizer, provenance):
-        print(f"{options.out}: already prepared from the same source, options and tokenizer; nothing to do")
-        return Corpus.open(options.out)
+    provenance = {"validation_fraction": options.validation_fraction, "max_bytes": options.max_bytes, "preparation_version": PREPARATION_VERSION}
+    files, hidden = ([], Counter()) if name in NAMED_SOURCES or name.startswith(HUB_PREFIX) else find_files(options.source, options.out)
+    row_paths = [path for _, path in files if is_rows(path)]
+    again = [name] if name in NAMED_SOURCES else [str(Path(source).resolve()) for source in options.source]
+    if name.startswith(HUB_PREFIX) or row_paths:
+        if row_paths and len(row_paths) < len(files):
+            text = next(path for _, path in files if not is_rows(path))
+            raise ValueError(f"--source gives files of rows ({row_paths[0].name}) and of text ({text.name}): give those of one kind, as in FOLDER/*.jsonl")
+        field = options.text_field or "text"
+        sizes = {"validation_fraction": options.validation_fraction, "max_bytes": options.max_bytes}
+        found = row_files(files, field, **sizes) if row_paths else hub_rows(name, field, **sizes)
+        provenance = {"source": found.name, "source_versions": found.versions, "text_field": field, **provenance}
+        return provenance, again if row_paths else [found.name], lambda: (found.parts, Counter())
+    if options.text_field is not None:
+        raise ValueError(f"--text-field {options.text_field}: {name} has no rows; leave it out, or give {', '.join(ROW_SUFFIXES)} files or hf:DATASET")
+    source = NAMED_SOURCES[name]() if name in NAMED_SOURCES else local_files(files, hidden)
+    return {"source": source.name, "source_versions": source.versions, **provenance}, again, lambda: document_parts(source, options)
 
+
+def document_parts(source: Source, options: argparse.Namespace) -> tuple[list[Part], Counter]:
+    """The documents of a source, in order, a block's worth in each part; and how many files were left out, by reason."""
     documents, left_out = source.read()
     if left_out:
         print(f"left out: {', '.join(f'{count} {reason}' for reason, count in sorted(left_out.items()))}", file=sys.stderr)
     if options.max_bytes is not None:
         documents = cap(documents, options.max_bytes)
-    parts = split_documents(documents, options.validation_fraction)
-    progress = Progress(sum(document.text_bytes for document in documents))
-    return write_corpus(
-        options.out,
-        tokenizer=tokenizer,
-        splits={split: progress.texts(parts[split]) for split in SPLITS},
-        provenance={**provenance, "left_out": dict(left_out)},
-        prepare_command=prepare_command(options),
-        overwrite=options.overwrite,
-    )
+    validation = {document.name for document in split_documents(documents, options.validation_fraction)["validation"]}
+    groups: list[list[tuple[str, Document]]] = []
+    filled = BLOCK_BYTES
+    for document in documents:
+        if filled >= BLOCK_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(("validation" if document.name in validation else "train", document))
+        filled += document.text_bytes
+    return [Part(partial(read_documents, group), text_bytes=sum(document.text_bytes for _, document in group)) for group in groups], left_out
+
+
+def read_documents(documents: list[tuple[str, Document]], first: int) -> Iterator[tuple[str, str]]:
+    yield from ((split, document.text()) for split, document in documents[first:])
+
+
+def prepare(options: argparse.Namespace) -> Corpus:
+    """Prepares the corpus that `options` describe, unless it is there already, and opens it."""
+    tokenizer = load_tokenizer(options.tokenizer, options.end_of_text)
+    provenance, again, read_parts = open_source(options)
+    if not options.overwrite and is_prepared(options.out, tokenizer, provenance):
+        print(f"{options.out}: already prepared from the same source, options and tokenizer; nothing to do")
+        return Corpus.open(options.out)
+    parts, left_out = read_parts()
+    corpus, read_bytes = prepare_corpus(options.out, tokenizer=tokenizer, parts=parts, left_out=left_out, provenance=provenance,
+                                        processes=options.processes, prepare_command=prepare_command(options, again), overwrite=options.overwrite)
+    counted = sum(corpus.split(split).text_bytes for split in SPLITS)
+    if abs(counted / read_bytes - 1) > MOST_TEXT_CHANGED:
+        print(f"tokenizer {tokenizer.name} changes the text: its tokens stand for {counted / read_bytes:.1%} of the bytes that were read, and bits per "
+              "byte are off by as much", file=sys.stderr)
+    return corpus
 
 
 def print_summary(corpus: Corpus) -> None:
@@ -377,9 +422,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         corpus = prepare(options)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 2
+    except (OSError, BrokenExecutor) as error:
+        print(f"prepare_data: {error}; the same command goes on from what is finished", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("prepare_data: stopped; the same command goes on from what is finished", file=sys.stderr)
+        return 130
     print_summary(corpus)
     return 0
 

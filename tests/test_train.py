@@ -20,6 +20,7 @@ TEXT = "Shall I compare thee to a summer's day? Thou art more lovely and more te
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sonnet"
     write_corpus(folder, tokenizer=load_tokenizer("bytes"), splits={"train": [TEXT[:200]] * 64, "validation": [TEXT]}, provenance={})
+    write_corpus(folder.parent / "upper", tokenizer=load_tokenizer("bytes"), splits={"train": [TEXT.upper()], "validation": [TEXT.upper()]}, provenance={})
     return folder
 
 
@@ -30,7 +31,7 @@ def run_file(tmp_path_factory, corpus):
 run: {{output_dir: {folder}/runs}}
 model: {{layers: 2, hidden_size: 64, heads: 2, vocab_size: 257, sequence_length: 64, positions: alibi, dropout: 0.1}}
 attention: {{window: 48, document_mask: true, dropout: 0.1}}
-data: {{corpus: {corpus}}}
+data: {{corpus: null, mixture: {{{corpus}: 3, {corpus.parent}/upper: 1}}}}
 train: {{steps: 25, global_batch_size: 16, gradient_accumulation_steps: 2, precision: fp32, activation_checkpointing: full}}
 optimizer: {{lr: 1e-2, warmup_steps: 2}}
 checkpoint: {{every: 10}}
@@ -62,7 +63,13 @@ def test_a_run_learns_and_leaves_one_row_a_step(finished, run_file, corpus):
         assert row["mfu"] is None and row["hfu"] is None
     assert rows[0]["lr"] == pytest.approx(5e-3) and rows[2]["lr"] == pytest.approx(1e-2) and rows[-1]["lr"] == pytest.approx(6e-5)
     described = json.loads((run_dir / "run.json").read_text())
-    assert described["corpus_sha256"] == json.loads((corpus / "manifest.json").read_text())["corpus_sha256"]
+    corpora = {each["name"]: each for each in described["corpora"]}
+    assert corpora["sonnet"]["corpus_sha256"] == json.loads((corpus / "manifest.json").read_text())["corpus_sha256"] != described["corpus_sha256"]
+    assert (corpora["sonnet"]["share"], corpora["upper"]["share"]) == (0.75, 0.25)
+    assert corpora["upper"]["epochs"] == pytest.approx(25 * 16 * 0.25 / ((len(TEXT) + 1 - 1) // 64))
+    for row in (rows[9], rows[-1]):
+        assert row["val_loss"] == pytest.approx(0.75 * row["val_loss/sonnet"] + 0.25 * row["val_loss/upper"])
+    assert rows[-1]["val_loss/sonnet"] != rows[-1]["val_loss/upper"]
     assert described["config"]["attention"] == {"backend": "tiled", "window": 48, "document_mask": True, "dropout": 0.1}
     assert described["deepspeed_config"]["zero_optimization"]["stage"] == 3
     assert described["world_size"] == 2
@@ -80,12 +87,14 @@ def test_a_run_leaves_its_last_checkpoints_intact(finished, run_file):
 
 def test_rank_0_alone_speaks_and_says_little(finished):
     lines = [line for line in finished.stdout.splitlines() if line]
-    assert [line.split()[0] for line in lines[:6]] == ["wandb", "attention.backend:", "model", "data", "batch", "device"]
+    assert [line.split()[0] for line in lines[:7]] == ["wandb", "attention.backend:", "model", "data", "data", "batch", "device"]
+    assert re.search(r"data +\S+/upper: 3,241 training tokens, 2.00 epochs of them in this run, 25.00% of its samples", finished.stdout)
+    assert re.search(r"validation loss .* bits/byte \| (sonnet|upper) \d.* \| (sonnet|upper) \d", finished.stdout)
     assert "attention tiled in a window of 48 within documents, checkpointing full" in lines[2]
     assert len([line for line in lines if re.match(r"step +\d+/25 \| loss ", line)]) == 6
     assert len([line for line in lines if "validation loss" in line]) == 4
     assert lines[-1].startswith("metrics ") and lines[-2].startswith("validation loss ")
-    assert len(lines) < 25
+    assert len(lines) < 26
     assert finished.stderr == ""
 
 
@@ -110,7 +119,7 @@ def test_an_altered_shard_is_named_before_the_first_step(run_file, corpus, tmp_p
     with open(damaged / "train_00000.bin", "r+b") as shard:
         shard.seek(100)
         shard.write(b"\x07")
-    done = deepspeed_run("train.py", "--config", run_file, f"data.corpus={damaged}", "run.name=damaged")
+    done = deepspeed_run("train.py", "--config", run_file, f"data.corpus={damaged}", "data.mixture=null", "run.name=damaged")
     assert done.returncode == 2
     assert done.stderr.count(f"{damaged}/train_00000.bin: altered since it was prepared") == 1
     assert "Traceback" not in done.stderr and "step" not in done.stdout

@@ -1,6 +1,6 @@
-"""From a corpus split to the tensors of each step."""
+"""From the splits of corpora to the tensors of each step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -16,21 +16,21 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class TrainingBatches:
     """This rank's micro batches of any step, read one step ahead by a thread.
 
-    Which samples a step sees depends on (seed, step, global batch) alone; see ``training.data_order``.
+    Which samples a step sees depends on (seed, step, global batch) alone; see ``training.data_order``, also on ``shares``.
     """
 
-    def __init__(self, split: TokenSplit, *, sequence_length: int, micro_batch_size: int, accumulation: int, seed: int, rank: int, world: int,
+    def __init__(self, splits: Sequence[TokenSplit], *, shares: Sequence[int], sequence_length: int, micro_batch_size: int, accumulation: int, seed: int, rank: int, world: int,
                  device: torch.device):
-        self.split, self.sequence_length, self.micro_batch_size, self.accumulation = split, sequence_length, micro_batch_size, accumulation
+        self.splits, self.sequence_length, self.micro_batch_size, self.accumulation = splits, sequence_length, micro_batch_size, accumulation
         self.order = {"seed": seed, "rank": rank, "world": world, "global_batch": micro_batch_size * accumulation * world,
-                      "samples": split.samples(sequence_length)}
+                      "samples": [split.samples(sequence_length) for split in splits], "shares": shares}
         self.device = device
         self.reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self.ahead: tuple[int, Future] | None = None
 
     def _read(self, step: int) -> torch.Tensor:
-        indices = sample_indices(step=step, **self.order)
-        windows = torch.from_numpy(np.stack([self.split.window(int(i), self.sequence_length) for i in indices]))
+        chosen = zip(*sample_indices(step=step, **self.order), strict=True)
+        windows = torch.from_numpy(np.stack([self.splits[corpus].window(int(index), self.sequence_length) for corpus, index in chosen]))
         return windows.pin_memory() if self.device.type == "cuda" else windows
 
     def step(self, step: int) -> list[Batch]:

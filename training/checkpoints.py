@@ -238,7 +238,7 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
         UserFault: one changed that the saved weights or the order of the data do not survive.
     """
     fixed = {"run.seed", "train.global_batch_size", "optimizer.name"}
-    free = {"run", "checkpoint", "tracking", "sample", "eval", "attention.backend", "data.corpus"}
+    free = {"run", "checkpoint", "tracking", "sample", "eval", "attention.backend", "data"}
     changed, faults = [], []
     before, now = _flat(Config().model_dump()) | _flat(checkpoint.saved["config"]), _flat(config.model_dump())
     before["data.corpus_sha256"], now["data.corpus_sha256"] = checkpoint.saved["corpus_sha256"], corpus_sha256

@@ -39,7 +39,12 @@ class RunSection(Section):
 
 
 class DataSection(Section):
-    corpus: str = "data/shakespeare-gpt2"
+    corpus: str | None = "data/shakespeare-gpt2"
+    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(None, min_length=1)
+
+    def weights(self) -> dict[str, float]:
+        """Folder -> weight of every corpus; one of the two keys is null."""
+        return self.mixture or {self.corpus: 1.0}
 
 
 class TrainSection(Section):
@@ -311,7 +316,7 @@ def _run_name(file: Path, overridden: dict[str, str]) -> str:
     holders = Counter(key for section in Config.model_fields.values() for key in section.annotation.model_fields)
     differing = []
     for key, value in overridden.items():
-        last = key.split(".")[-1]
+        last = Path(key.split(".")[-1]).name  # a key of data.mixture is a folder
         if not key.startswith(silent):
             differing.append(f"{key if holders[last] > 1 else last}={re.sub(r'[^-.,=+0-9A-Za-z_]', '', Path(value).name)}")
     name = ",".join([file.stem, *differing])

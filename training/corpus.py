@@ -5,6 +5,7 @@
     validation_00000.bin, ...     one end-of-text token and lies whole in one shard
     train_00000.documents.npy     int64: where each document of that shard starts
     token_bytes.npy               int64: how many UTF-8 bytes each token id stands for (0 for end of text)
+    tokenizer.json                what defines the ids, where the tokenizer is one of Hugging Face's
 """
 
 import hashlib
@@ -22,11 +23,13 @@ from pathlib import Path
 import numpy as np
 
 from training.files import fsync
-from training.tokenizers import Tokenizer, load_tokenizer
+from training.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 100_000_000
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
 _BATCH_CHARACTERS = 16 << 20  # text tokenized at once: enough to keep every core busy, little enough to hold in memory
 
 
@@ -44,8 +47,13 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _documents_file(shard_name: str) -> str:
-    return shard_name.removesuffix(".bin") + ".documents.npy"
+def shard_name(split: str, number: int) -> str:
+    return f"{split}_{number:05d}.bin"
+
+
+def documents_file(shard: str) -> str:
+    """Name of the file that says where the documents of a shard start."""
+    return shard.removesuffix(".bin") + ".documents.npy"
 
 
 def _corpus_sha256(manifest: dict) -> str:
@@ -74,94 +82,117 @@ def write_corpus(
     Raises CorpusError if a split has no documents, or if `folder` exists and `overwrite` is not set or it holds other files.
     """
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise CorpusError(f"{folder}: exists already; remove it, choose another folder, or pass --overwrite")
-    _refuse_foreign_files(folder)
+    refuse_existing(folder, overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
-        os.chmod(partial, 0o755)  # mkdtemp's folder is private, a corpus is shared
-        _write_files(partial, tokenizer, splits, provenance, prepare_command, shard_tokens)
-        _replace(folder, partial)
+        documents = ((split, text) for split in SPLITS for text in splits[split])
+        entries = write_shards(partial, documents, tokenizer, shard_tokens)
+        return publish(folder, partial, tokenizer, entries, provenance, prepare_command)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Corpus.open(folder)
 
 
-def _write_files(folder: Path, tokenizer: Tokenizer, splits, provenance: dict, prepare_command: str, shard_tokens: int) -> None:
-    token_bytes = tokenizer.token_bytes()
-    np.save(folder / "token_bytes.npy", token_bytes)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        "corpus_sha256": None,
-        "tokenizer": {
-            "name": tokenizer.name,
-            "vocab_size": tokenizer.vocab_size,
-            "end_of_text": tokenizer.end_of_text,
-            "sha256": tokenizer.sha256,
-            "token_bytes_sha256": _sha256(folder / "token_bytes.npy"),
-        },
-        "splits": {split: _write_split(folder, split, splits[split], tokenizer, token_bytes, shard_tokens) for split in SPLITS},
-        "prepare_command": prepare_command,
-        "provenance": provenance,
-    }
-    manifest["corpus_sha256"] = _corpus_sha256(manifest)
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    for path in [*folder.iterdir(), folder]:
-        fsync(path)
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raises CorpusError if `folder` exists and `overwrite` is not set, or it holds what is no corpus."""
+    if folder.exists() and not overwrite:
+        raise CorpusError(f"{folder}: exists already; remove it, choose another folder, or pass --overwrite")
+    _refuse_foreign_files(folder)
 
 
-def _write_split(folder: Path, split: str, texts: Iterable[str], tokenizer: Tokenizer, token_bytes: np.ndarray, shard_tokens: int) -> dict:
-    shards, pending, text_bytes = [], [], 0
+def write_shards(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, shard_tokens: int) -> dict[str, dict]:
+    """Tokenizes (split, text) documents, in order, into shards in `folder`; returns each split's entry of the manifest, perhaps without shards."""
+    writers = {split: _ShardWriter(folder, split, tokenizer.token_bytes(), shard_tokens) for split in SPLITS}
+    end, dtype = [tokenizer.end_of_text], token_dtype(tokenizer.vocab_size)
+    for batch in _batches(documents):
+        for (split, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            writers[split].add(np.concatenate([ids, end]).astype(dtype))
+    return {split: writer.finish() for split, writer in writers.items()}
 
-    def write_shard() -> None:
-        name = f"{split}_{len(shards):05d}.bin"
-        tokens = np.concatenate(pending)
-        starts = np.cumsum([0] + [document.size for document in pending[:-1]], dtype=np.int64)
-        tokens.tofile(folder / name)
-        np.save(folder / _documents_file(name), starts)
-        shards.append({
+
+class _ShardWriter:
+    """Collects the documents of one split and writes them down, shard by shard."""
+
+    def __init__(self, folder: Path, split: str, token_bytes: np.ndarray, shard_tokens: int):
+        self.folder, self.split, self.token_bytes, self.shard_tokens = folder, split, token_bytes, shard_tokens
+        self.shards: list[dict] = []
+        self.pending: list[np.ndarray] = []
+        self.pending_tokens = self.text_bytes = 0
+
+    def add(self, document: np.ndarray) -> None:
+        if self.pending and self.pending_tokens + document.size > self.shard_tokens:
+            self._write()
+        self.pending.append(document)
+        self.pending_tokens += document.size
+        self.text_bytes += int(self.token_bytes[document].sum())
+
+    def finish(self) -> dict:
+        if self.pending:
+            self._write()
+        return join_entries([{"text_bytes": self.text_bytes, "shards": self.shards}])
+
+    def _write(self) -> None:
+        name = shard_name(self.split, len(self.shards))
+        starts = np.cumsum([0] + [document.size for document in self.pending[:-1]], dtype=np.int64)
+        np.concatenate(self.pending).tofile(self.folder / name)
+        np.save(self.folder / documents_file(name), starts)
+        self.shards.append({
             "name": name,
-            "tokens": tokens.size,
+            "tokens": self.pending_tokens,
             "documents": starts.size,
-            "sha256": _sha256(folder / name),
-            "documents_sha256": _sha256(folder / _documents_file(name)),
+            "sha256": _sha256(self.folder / name),
+            "documents_sha256": _sha256(self.folder / documents_file(name)),
         })
-        pending.clear()
+        self.pending, self.pending_tokens = [], 0
 
-    pending_tokens = 0
-    for document in _tokenized(texts, tokenizer):
-        if pending and pending_tokens + document.size > shard_tokens:
-            write_shard()
-            pending_tokens = 0
-        pending.append(document)
-        pending_tokens += document.size
-        text_bytes += int(token_bytes[document].sum())
-    if pending:
-        write_shard()
-    if not shards:
-        raise CorpusError(f"the {split} split has no documents; give more text or another --validation-fraction")
+
+def join_entries(entries: Iterable[dict]) -> dict:
+    """One split's entry of the manifest out of several, whose shards follow each other."""
+    entries = list(entries)
+    shards = [shard for entry in entries for shard in entry["shards"]]
     return {
         "documents": sum(shard["documents"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
-        "text_bytes": text_bytes,
+        "text_bytes": sum(entry["text_bytes"] for entry in entries),
         "shards": shards,
     }
 
 
-def _tokenized(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of each text with `end_of_text` behind them, in the type of the shards."""
-    end, dtype = [tokenizer.end_of_text], token_dtype(tokenizer.vocab_size)
-    for batch in _batches(texts):
-        for ids in tokenizer.encode_batch(batch):
-            yield np.concatenate([ids, end]).astype(dtype)
+def publish(folder: Path, partial: Path, tokenizer: Tokenizer, splits: dict[str, dict], provenance: dict, prepare_command: str) -> "Corpus":
+    """Completes `partial`, which holds the shards that `splits` describe, to a corpus, and puts it in the place of `folder`.
+
+    Raises CorpusError if a split has no documents.
+    """
+    for split in SPLITS:
+        if not splits[split]["shards"]:
+            raise CorpusError(f"the {split} split has no documents; give more text or another --validation-fraction")
+    np.save(partial / "token_bytes.npy", tokenizer.token_bytes())
+    described = {
+        "name": tokenizer.name,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_text": tokenizer.end_of_text,
+        "sha256": tokenizer.sha256,
+        "token_bytes_sha256": _sha256(partial / "token_bytes.npy"),
+    }
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        (partial / TOKENIZER_FILE).write_bytes(tokenizer.definition)
+        described["file_sha256"] = _sha256(partial / TOKENIZER_FILE)
+    manifest = {"format_version": FORMAT_VERSION, "corpus_sha256": None, "tokenizer": described, "splits": splits,
+                "prepare_command": prepare_command, "provenance": provenance}
+    manifest["corpus_sha256"] = _corpus_sha256(manifest)
+    (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    os.chmod(partial, 0o755)  # mkdtemp's folder is private, a corpus is shared
+    for path in [*partial.iterdir(), partial]:
+        fsync(path)
+    _replace(folder, partial)
+    return Corpus.open(folder)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
     batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
+    for split, text in documents:
+        batch.append((split, text))
         characters += len(text)
         if characters >= _BATCH_CHARACTERS:
             yield batch
@@ -172,7 +203,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def _refuse_foreign_files(folder: Path) -> None:
     """Overwriting removes the folder: it must hold nothing but a corpus, or what is left of one."""
-    own = re.compile(rf"manifest\.json|token_bytes\.npy|({'|'.join(SPLITS)})_\d{{5}}\.(bin|documents\.npy)")
+    own = re.compile(rf"manifest\.json|token_bytes\.npy|tokenizer\.json|({'|'.join(SPLITS)})_\d{{5}}\.(bin|documents\.npy)")
     if folder.exists():
         foreign = [folder.name] if not folder.is_dir() else sorted(path.name for path in folder.iterdir() if not own.fullmatch(path.name))
         if foreign:
@@ -247,11 +278,13 @@ class Corpus:
         self._prepare_command: str = manifest["prepare_command"]
         self._shard_tokens: dict[str, int] = {}  # by file
         self._file_sha256: dict[str, str] = {"token_bytes.npy": manifest["tokenizer"]["token_bytes_sha256"]}
+        if "file_sha256" in manifest["tokenizer"]:
+            self._file_sha256[TOKENIZER_FILE] = manifest["tokenizer"]["file_sha256"]
         for split in SPLITS:
             for shard in manifest["splits"][split]["shards"]:
                 self._shard_tokens[shard["name"]] = shard["tokens"]
                 self._file_sha256[shard["name"]] = shard["sha256"]
-                self._file_sha256[_documents_file(shard["name"])] = shard["documents_sha256"]
+                self._file_sha256[documents_file(shard["name"])] = shard["documents_sha256"]
         self._check_sizes()
         self._splits = {split: TokenSplit(folder, manifest["splits"][split], self._dtype) for split in SPLITS}
 
@@ -317,7 +350,7 @@ class Corpus:
         The model's vocabulary may be larger than the tokenizer's (padding), never smaller; each split must hold one whole
         sequence; the tokenizer installed here must be the one that made the ids.
         """
-        if load_tokenizer(self.tokenizer_name).sha256 != self.tokenizer_sha256:
+        if self.load_tokenizer().sha256 != self.tokenizer_sha256:
             what = f"made with another tokenizer {self.tokenizer_name!r} than the one installed (sha256 differs)"
             raise self._damaged("manifest.json", what)
         if self.vocab_size > model_vocab_size:
@@ -333,6 +366,13 @@ class Corpus:
                     "shorten the sequence length or prepare a larger corpus"
                 )
 
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids: the one kept with them, or the one of that name that is installed. Raises ValueError."""
+        if TOKENIZER_FILE in self._file_sha256:
+            definition = (self.folder / TOKENIZER_FILE).read_bytes()
+            return HuggingFaceTokenizer(self.tokenizer_name, definition, self.manifest["tokenizer"]["end_of_text"])
+        return load_tokenizer(self.tokenizer_name)
+
     def split(self, name: str) -> TokenSplit:
         """The split "train" or "validation"."""
         return self._splits[name]
@@ -346,6 +386,6 @@ class Corpus:
 def _guess_command(folder: Path) -> str:
     """The command that prepares `folder`, read off the name that prepare_data.py gives by default; placeholders where it says nothing."""
     named = re.fullmatch(r"(shakespeare|python-source)-(bytes|gpt2)", folder.name)
-    source, tokenizer = named.groups() if named else ("shakespeare|python-source|PATH", "bytes|gpt2")
+    source, tokenizer = named.groups() if named else ("shakespeare|python-source|hf:DATASET|PATH", "bytes|gpt2|PATH|ID")
     overwrite = " --overwrite" if folder.exists() else ""
     return f"python scripts/prepare_data.py --source {source} --tokenizer {tokenizer} --out {shlex.quote(str(folder))}{overwrite}"

@@ -1,7 +1,7 @@
 """Validation loss and samples; every rank takes part, because under ZeRO-3 each forward gathers parameters from all."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import deepspeed
 import numpy as np
@@ -39,6 +39,21 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], token_
     nats, targets, text_bytes = totals.tolist()
     loss = nats / targets
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": nats / math.log(2) / text_bytes}
+
+
+def mixed(results: dict[str, dict[str, float]], shares: Sequence[float]) -> dict[str, float]:
+    """Validation of a mixture from that of its corpora, by name: as in the training data, each weighs as much as its share.
+
+    Returns what `evaluate` does, for a text mixed in these shares of tokens, and ``val_loss/NAME`` of each corpus; one corpus alone is as it is.
+    """
+    if len(results) == 1:
+        return next(iter(results.values()))
+    weights = [share / sum(shares) for share in shares]
+    loss = sum(weight * each["val_loss"] for weight, each in zip(weights, results.values(), strict=True))
+    bytes_per_token = sum(weight * each["val_loss"] / (math.log(2) * each["val_bits_per_byte"])
+                          for weight, each in zip(weights, results.values(), strict=True))
+    whole = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": loss / math.log(2) / bytes_per_token}
+    return whole | {f"val_loss/{name}": each["val_loss"] for name, each in results.items()}
 
 
 @torch.no_grad()

@@ -243,12 +243,12 @@ def is_neutral(key: str) -> bool:
 def differing(runs: list[Run]) -> dict[str, list[Any]]:
     """What the runs differ in, neutral keys left out: key -> one value a run, None where a run has no such key.
 
-    The corpus is told by its hash: the folder's name counts only beside another hash.
+    The corpora are told by their hash: folders and weights count only beside another hash.
     """
     all_facts = [run.facts() for run in runs]
     keys = dict.fromkeys(key for facts in all_facts for key in facts if not is_neutral(key))
     columns = {key: [facts.get(key) for facts in all_facts] for key in keys}
     found = {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
     if "corpus" not in found:
-        found.pop("data.corpus", None)
+        found = {key: values for key, values in found.items() if not key.startswith("data.")}
     return found

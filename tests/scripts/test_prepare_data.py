@@ -148,6 +148,9 @@ def test_gpt2_tokens_stand_for_the_same_text(texts, tmp_path):
     (["--source", "one.txt"], "the source gives 1 document, and validation is split off by document"),
     (["--source", "one.txt", "two.txt", "--max-bytes", "3"], "the source gives 0 documents"),
     (["--source", ".", "--out", "data/x"], "--out data/x lies inside --source ."),
+    (["--source", "one.txt", "--tokenizer", "gpt3"], "tokenizer 'gpt3' is not known; choose one of bytes, gpt2, a folder"),
+    (["--source", "one.txt", "--end-of-text", "x"], "tokenizer 'bytes' has its own end of text"),
+    (["--source", "one.txt", "--text-field", "x"], "--text-field x: one.txt has no rows"),
     (["--source", "one.txt", "--out", "two.txt"], "the folder exists and is no whole corpus: two.txt"),
 ])
 def test_mistakes_give_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
@@ -161,8 +164,8 @@ def test_mistakes_give_one_line_and_exit_code_2(arguments, message, tmp_path, mo
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--validation-fraction", "0"], ["--validation-fraction", "1"], ["--max-bytes", "0"], ["--tokenizer", "gpt3"],
-    ["--source", "shakespeare", "x"],
+    ["--validation-fraction", "0"], ["--validation-fraction", "1"], ["--max-bytes", "0"], ["--processes", "0"],
+    ["--source", "shakespeare", "x"], ["--source", "hf:a/b", "x"],
 ])
 def test_impossible_options_are_refused(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:

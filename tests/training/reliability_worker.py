@@ -28,11 +28,12 @@ class Scenario:
     def __init__(self, folder: Path):
         self.folder = folder
         text = "Shall I compare thee to a summer's day? Thou art more lovely and more temperate. " * 10
-        corpus.write_corpus(folder / "sonnet", tokenizer=load_tokenizer("bytes"), splits={"train": [text] * 4, "validation": [text]}, provenance={})
+        for name, documents in (("sonnet", [text] * 4), ("couplet", ["So long lives this, and this gives life to thee."])):
+            corpus.write_corpus(folder / name, tokenizer=load_tokenizer("bytes"), splits={"train": documents, "validation": [text]}, provenance={})
         (folder / "run.yaml").write_text(f"""
 run: {{output_dir: {folder}/runs}}
 model: {{layers: 1, hidden_size: 16, heads: 1, vocab_size: 257, sequence_length: 16, dropout: 0.1}}
-data: {{corpus: {folder}/sonnet}}
+data: {{corpus: null, mixture: {{{folder}/sonnet: 0.6, {folder}/couplet: 0.4}}}}
 train: {{steps: {STEPS}, global_batch_size: 4, micro_batch_size: null, precision: fp32}}
 optimizer: {{lr: 1e-2, warmup_steps: 2}}
 eval: {{every: 0, sequences: 2}}

@@ -141,7 +141,7 @@ def test_a_missing_corpus_is_answered_with_the_command_that_prepares_it(tmp_path
     folder.mkdir()
     with pytest.raises(CorpusError, match=re.escape(f"manifest.json is missing; prepare the corpus: {command} --overwrite")):
         Corpus.open(folder)
-    with pytest.raises(CorpusError, match=re.escape("--source shakespeare|python-source|PATH --tokenizer bytes|gpt2")):
+    with pytest.raises(CorpusError, match=re.escape("--source shakespeare|python-source|hf:DATASET|PATH --tokenizer bytes|gpt2|PATH|ID")):
         Corpus.open(tmp_path / "mine")
 
 

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from training.data_order import sample_indices
+from training.data_order import SHARES
+from training.data_order import sample_indices as chosen
+
+
+def sample_indices(*, samples, **arguments):
+    """Of one corpus."""
+    corpora, indices = chosen(samples=[samples], **arguments)
+    assert not corpora.any()
+    return indices
 
 
 def order(samples, *, epoch=0, seed=0):
@@ -75,7 +83,7 @@ def test_huge_corpora_do_not_overflow(samples):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(samples=0), "samples=0"),
+    (dict(samples=0), r"samples=\[0\]"),
     (dict(world=3), "multiple of world=3"),
     (dict(global_batch=0), "global_batch=0"),
     (dict(rank=2), "rank=2"),
@@ -85,3 +93,57 @@ def test_huge_corpora_do_not_overflow(samples):
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         sample_indices(**(dict(seed=0, step=0, rank=0, world=2, global_batch=8, samples=100) | arguments))
+
+
+MIXED = dict(seed=5, samples=[1000, 30, 7000], shares=[3000, 500, 6500])
+
+
+def mixed_stream(count, **changes):
+    """(corpus, index) of the first `count` samples, read in steps of 50."""
+    steps = [chosen(step=step, rank=0, world=1, global_batch=50, **(MIXED | changes)) for step in range(count // 50)]
+    return tuple(np.concatenate(parts) for parts in zip(*steps, strict=True))
+
+
+def test_a_mixture_gives_every_corpus_its_share_of_every_block():
+    corpora, _ = mixed_stream(3 * SHARES)
+    for block in corpora.reshape(3, SHARES):
+        assert np.bincount(block).tolist() == MIXED["shares"]
+    for part in corpora[:SHARES].reshape(10, -1):  # and about that of every stretch
+        np.testing.assert_allclose(np.bincount(part, minlength=3) / part.size, np.array(MIXED["shares"]) / SHARES, atol=0.05)
+    assert (corpora[:SHARES] != corpora[SHARES : 2 * SHARES]).any()
+
+
+def test_each_corpus_of_a_mixture_is_read_epoch_by_epoch_in_orders_of_its_own():
+    corpora, indices = mixed_stream(2 * SHARES)
+    for corpus, samples in enumerate(MIXED["samples"]):
+        mine = indices[corpora == corpus]
+        epochs = mine[: mine.size // samples * samples].reshape(-1, samples)
+        assert len(epochs) >= 1
+        np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(samples), (len(epochs), 1)))
+        assert all((first != second).any() for first, second in zip(epochs, epochs[1:]))
+    twins = chosen(**(MIXED | dict(samples=[900, 900], shares=[5000, 5000])), step=0, rank=0, world=1, global_batch=1000)
+    assert (twins[1][twins[0] == 0][:400] != twins[1][twins[0] == 1][:400]).any()
+
+
+def test_a_mixture_depends_on_the_seed_and_not_on_the_ranks():
+    for step in (0, 199):  # 199 crosses into the second block
+        arguments = dict(step=step, global_batch=72)
+        whole = chosen(rank=0, world=1, **arguments, **MIXED)
+        for world in (2, 4, 8):
+            slices = [chosen(rank=rank, world=world, **arguments, **MIXED) for rank in range(world)]
+            for part, expected in zip(zip(*slices, strict=True), whole, strict=True):
+                np.testing.assert_array_equal(np.concatenate(part), expected)
+        other = chosen(rank=0, world=1, **arguments, **(MIXED | dict(seed=6)))
+        assert (whole[0] != other[0]).any() and (whole[1] != other[1]).any()
+
+
+def test_the_order_of_a_mixture_is_pinned():
+    """As that of one corpus: a change here breaks every checkpoint."""
+    corpora, indices = chosen(step=1300, rank=0, world=1, global_batch=8, **MIXED)
+    assert (corpora.tolist(), indices.tolist()) == ([0, 2, 0, 2, 0, 0, 1, 1], [12, 6992, 573, 3540, 202, 242, 11, 18])
+
+
+@pytest.mark.parametrize("changes", [{"shares": [3000, 500, 6499]}, {"shares": [5000, 5000]}, {"samples": [10, 0, 10]}])
+def test_impossible_mixtures_are_refused(changes):
+    with pytest.raises(ValueError, match="shares=|no whole sample"):
+        chosen(step=0, rank=0, world=1, global_batch=8, **(MIXED | changes))

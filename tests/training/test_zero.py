@@ -43,8 +43,12 @@ def test_every_layer_is_given_the_same_tensor_of_documents(seen):
 
 
 def test_loss_is_normalised_by_the_targets_of_the_global_batch(seen):
-    """Labels are ignored unevenly, so that a mean over micro batches or ranks would differ."""
+    """Labels are ignored unevenly, so that a mean over micro batches or ranks would differ, and differs: by far more than training may."""
     assert seen["plain_ignored"]["losses"][0] != pytest.approx(seen["plain"]["losses"][0], rel=1e-5)
+    for means in seen["means_of_means"].values():  # of the 2 ranks; of their micro batches; of the rows, which are documents of unequal length
+        for step in range(3):
+            assert means["losses"][step] != pytest.approx(seen["plain_ignored"]["losses"][step], rel=2e-5)
+            assert means["grad_norms"][step] != pytest.approx(seen["plain_ignored"]["grad_norms"][step], rel=1e-2)
     for run in seen["accumulated"].values():
         assert_same_training(run, seen["plain_ignored"])
 

@@ -80,10 +80,13 @@ def furthest(engine: deepspeed.DeepSpeedEngine, expected: dict[str, torch.Tensor
     return max(differences)
 
 
-def train_plainly(config: Config, ignored: bool = False, parameters: dict[str, torch.Tensor] | None = None) -> dict:
+def train_plainly(
+    config: Config, ignored: bool = False, parameters: dict[str, torch.Tensor] | None = None, means_of: int | None = None
+) -> dict:
     """The same without DeepSpeed, processes or micro batches: the whole global batch in one forward and backward, torch's own optimizers.
 
     parameters: what is given here gets those after the last step.
+    means_of: cut the batch into so many and take the mean of their means, which is what training must not do.
     """
     torch.manual_seed(config.run.seed)
     model = GPT(config.model, config.attention.model_copy(update={"backend": "eager"}), end_of_text=END_OF_TEXT)
@@ -99,7 +102,8 @@ def train_plainly(config: Config, ignored: bool = False, parameters: dict[str, t
         for group in adamw.param_groups:
             group["lr"] = rate
         tokens, labels = global_batch(config, step, ignored)
-        loss = model(tokens, labels) / (labels != IGNORED_LABEL).sum()
+        parts = means_of or 1
+        loss = sum(model(t, y) / (y != IGNORED_LABEL).sum() for t, y in zip(tokens.chunk(parts), labels.chunk(parts), strict=True)) / parts
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item())
         losses.append(loss.item())
@@ -269,6 +273,7 @@ def main() -> None:
                      train(configure(*FEATURES, "zero.stage=2"))],
         "documents_of_the_layers": documents_of_the_layers(),
         "plain_ignored": train_plainly(configure(), ignored=True),
+        "means_of_means": {n: train_plainly(configure(), ignored=True, means_of=n) for n in (2, 4, 8)},
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
         "muon": muon(),
