@@ -36,6 +36,7 @@ from training.config import CheckpointSection, Config
 from training.distributed import LoneFault, UserFault, from_first_rank, gather, together
 from training.engine import set_hyperparameters
 from training.files import rename_durably, write_atomically
+from training.loss_scale import LossScale
 from training.manifest import STATE_FILE, complete_checkpoints, faults_of, named_checkpoints, seal, step_folder, step_of, write_manifest
 from training.universal import convert_to_universal, load_universal
 
@@ -55,13 +56,24 @@ class LoopState:
     step: int = 0  # optimizer steps taken, skipped ones included; data order and learning rate follow from it
     skipped_steps: int = 0  # those whose loss or gradients were not finite
     skipped_in_a_row: int = 0
+    overflow_steps: int = 0  # of the skipped ones, those whose gradients alone overflowed in fp16, and that the loss scale answered by falling
+    loss_scale: LossScale | None = None  # fp16's
     elapsed_seconds: float = 0.0  # of training, over all starts of the run
     wandb_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_scale, dict):  # as state.json holds it
+            self.loss_scale = LossScale(**self.loss_scale)
 
 
 def layout(config: Config) -> dict[str, Any]:
     """What decides which file holds what: another layout needs conversion."""
-    return {"world_size": dist.get_world_size(), "zero_stage": config.zero.stage, "precision": config.train.precision}
+    return {"world_size": dist.get_world_size(), "zero_stage": config.zero.stage, "precision": config.train.precision, **_newer_layout(config)}
+
+
+def _newer_layout(config: Config) -> dict[str, Any]:
+    """What older checkpoints do not mention: they have its defaults."""
+    return {"offload_optimizer": config.zero.offload_optimizer, "bf16_states": config.train.bf16_states}
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Checkpoint:
         return LoopState(**self.saved["loop"])
 
     def needs_conversion(self, config: Config) -> bool:
-        return self.saved["layout"] != layout(config)
+        return _newer_layout(Config()) | self.saved["layout"] != layout(config)
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------

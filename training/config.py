@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from kernels.attention import choose, unsupported
+from model.checkpointing import ATTENTION_OPERATIONS
 from model.config import AttentionConfig, GPTConfig
 
 _LONGEST_RUN_NAME = 120  # a folder's name may have 255 bytes
@@ -45,8 +46,15 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt | None = 1
     global_batch_size: PositiveInt | None = 128
-    precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    initial_loss_scale: float = Field(65536.0, ge=1)
+    loss_scale_window: PositiveInt = 1000
+    bf16_states: bool = False
+    activation_checkpointing: Literal["none", "full", "every_n", "selective", "deepspeed"] = "none"
+    checkpoint_every: Annotated[int, Field(ge=2)] | None = None
+    keep_matmuls: bool = False
+    cpu_checkpointing: bool = True
+    partition_activations: bool | Literal["classic"] = False
     stop_after_skipped: PositiveInt = 10
 
 
@@ -62,6 +70,8 @@ class OptimizerSection(Section):
 
 class ZeroSection(Section):
     stage: Literal[0, 1, 2, 3] = 3
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     reduce_bucket_size: PositiveInt = 50_000_000
     prefetch_bucket_size: PositiveInt = 100_000_000
@@ -323,14 +333,16 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
         faults.append(({"optimizer", "train"}, "optimizer.warmup_steps", what))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
-    if config.train.precision == "fp32" and config.zero.reduce_dtype != "fp32":
-        faults.append(({"train", "zero"}, "zero.reduce_dtype", "gradients of an fp32 run are fp32; use fp32, or train.precision: bf16"))
+    faults += [({"train", "zero"}, key, what) for key, what in _precision_faults(config)]
+    faults += [({"zero"}, key, what) for key, what in _offload_faults(config.zero)]
     window, length = config.attention.window, config.model.sequence_length
     if window is not None and window >= length:
         what = f"{window} keys hide nothing in sequences of {length}; lower it, or use null"
         faults.append(({"attention", "model"}, "attention.window", what))
     backend, notes, backend_faults = _resolve_backend(config)
     faults += [({"attention", "model", "train"}, key, what) for key, what in backend_faults]
+    faults += [({"attention", "model", "train"}, key, what) for key, what in _checkpointing_faults(config.train, config.model.layers, backend)]
+    notes += _mode_notes(config)
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
@@ -341,16 +353,86 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
     return resolved, notes, faults
 
 
+def _precision_faults(config: Config) -> list[tuple[str, str]]:
+    """What the precision does not go with: (key, what and remedy)."""
+    train, zero, found = config.train, config.zero, []
+    if train.precision != "bf16" and zero.reduce_dtype != "fp32":
+        found.append(("zero.reduce_dtype", f"gradients of an {train.precision} run are summed in fp32; use fp32, or train.precision: bf16"))
+    if train.precision == "fp16" and zero.stage == 0:
+        found.append(("train.precision", "DeepSpeed's stage 0 divides fp16 gradients by a loss scale that it has not multiplied the loss by; "
+                      "use zero.stage: 1, or train.precision: bf16"))
+    if train.precision == "fp16" and not torch.cuda.is_available() and not cpu_has_fp16():
+        found.append(("train.precision", "DeepSpeed trains in fp16 on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32"))
+    if train.bf16_states and train.precision != "bf16":
+        found.append(("train.bf16_states", f"states are kept in bf16 where the model is, and train.precision is {train.precision}; use bf16, or leave it out"))
+    if train.bf16_states and zero.stage == 0:
+        found.append(("train.bf16_states", "DeepSpeed's stage 0 knows fp32 states alone; use zero.stage: 1, which is the same on one process"))
+    return found
+
+
+def cpu_has_fp16() -> bool:
+    """DeepSpeed's condition for fp16 without a GPU."""
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _offload_faults(zero: ZeroSection) -> list[tuple[str, str]]:
+    found = []
+    if zero.offload_optimizer == "cpu" and zero.stage == 0:
+        found.append(("zero.offload_optimizer", "stage 0 keeps the optimizer where the model is; use zero.stage: 1, 2 or 3"))
+    if zero.offload_parameters == "cpu" and zero.stage != 3:
+        found.append(("zero.offload_parameters", f"stage {zero.stage} keeps whole parameters on every GPU; use zero.stage: 3"))
+    return found
+
+
+def _checkpointing_faults(train: TrainSection, layers: int, backend: str) -> list[tuple[str, str]]:
+    """What the checkpointing mode does not go with; backend: attention's, resolved, empty where it is at fault itself."""
+    mode, found = train.activation_checkpointing, []
+    every = train.checkpoint_every
+    if mode == "every_n" and every is None:
+        found.append(("train.checkpoint_every", "every_n needs it: the first of every so many blocks is computed again; 2 is every second one"))
+    elif mode != "every_n" and every is not None:
+        found.append(("train.checkpoint_every", f"read by train.activation_checkpointing: every_n alone, and that is {mode}; use every_n, or null"))
+    elif every is not None and every > layers:
+        found.append(("train.checkpoint_every", f"{every} blocks are more than model.layers {layers}; lower it"))
+    if mode == "selective" and backend and backend not in ATTENTION_OPERATIONS:
+        found.append(("train.activation_checkpointing", f"selective keeps what attention returns, by the name of its operation, and attention.backend={backend} "
+                      f"has none that PyTorch sees; use attention.backend={' or '.join(list(ATTENTION_OPERATIONS)[:2])} or sdpa, or full"))
+    if train.keep_matmuls and mode != "selective":
+        found.append(("train.keep_matmuls", f"read by train.activation_checkpointing: selective alone, and that is {mode}; use selective, or false"))
+    if train.partition_activations is True:
+        found.append(("train.partition_activations", "activations are partitioned over a tensor-parallel group, and there is none here; use false, with "
+                      "train.cpu_checkpointing: true for less memory; classic does what older recipes did, as configs/deepspeed-offload.yaml says"))
+    if train.partition_activations == "classic" and not (mode == "deepspeed" and train.cpu_checkpointing):
+        found.append(("train.partition_activations", "classic goes with train.activation_checkpointing: deepspeed and train.cpu_checkpointing: true; use both, or false"))
+    return found
+
+
+def _mode_notes(config: Config) -> list[str]:
+    """What DeepSpeed makes of what was asked for, where its name would make one expect otherwise."""
+    train, zero, notes = config.train, config.zero, []
+    on_gpu = torch.cuda.is_available()
+    if train.activation_checkpointing == "deepspeed" and train.partition_activations == "classic":
+        notes.append("train.partition_activations: classic -> block inputs are partitioned over 1 process: each keeps the whole of its own, and saves no memory "
+                     "by it; they are copied to the CPU and back one by one, and computation waits for each copy")
+    elif train.activation_checkpointing == "deepspeed" and train.cpu_checkpointing:
+        notes.append("train.cpu_checkpointing: true -> " + (
+            "block inputs go to pinned memory of the CPU while the next block is computed; the last one's stays; computation waits for each on its way back"
+            if on_gpu else "block inputs are on the CPU as it is: nothing is moved"))
+    if not on_gpu and "cpu" in (zero.offload_optimizer, zero.offload_parameters):
+        notes.append("zero.offload_*: cpu -> all is on the CPU as it is; DeepSpeed takes the same path as beside a GPU")
+    return notes
+
+
 def _resolve_backend(config: Config) -> tuple[str, list[str], list[tuple[str, str]]]:
     """The attention backend by name; what ``auto`` chose and why; the reason an explicit one cannot do what is asked."""
     model = config.model.resolved()
     on_gpu = torch.cuda.is_available()
     capability = torch.cuda.get_device_capability() if on_gpu else None
     if on_gpu and config.train.precision == "bf16" and capability < (8, 0):
-        return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp32")]
+        return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp16 or fp32")]
     asked = {
         "device_type": "cuda" if on_gpu else "cpu",
-        "dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        "dtype": {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision],
         "head_dim": max(1, model.head_dim),  # hidden_size below heads is told by its own fault
         "compute_capability": capability,
         "grouped": model.kv_heads != model.heads,
