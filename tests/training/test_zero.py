@@ -16,15 +16,15 @@ def seen(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-def assert_same_training(found, expected, relative=2e-6):
-    assert found["losses"] == pytest.approx(expected["losses"], rel=relative)
-    assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2 * relative)
+def assert_same_training(found, expected, relative=2e-6, name=""):
+    assert found["losses"] == pytest.approx(expected["losses"], rel=relative), name
+    assert found["grad_norms"] == pytest.approx(expected["grad_norms"], rel=2 * relative), name
 
 
-def test_every_backend_checkpointing_and_stage_trains_as_plain_pytorch(seen):
-    assert len(seen["grid"]) == 18
-    for cell in seen["grid"].values():
-        assert_same_training(cell, seen["plain"])
+def test_every_combination_of_modes_trains_as_plain_pytorch(seen):
+    assert len(seen["grid"]) == 7 * 8 + 7 + 8 + 7
+    for name, cell in seen["grid"].items():
+        assert_same_training(cell, seen["plain"], relative=2e-6 if name.startswith("fp32") else 1e-3, name=name)
     assert seen["plain"]["losses"][0] != seen["plain"]["losses"][-1]
 
 

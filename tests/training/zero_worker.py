@@ -3,15 +3,19 @@
 One launch for all of them: starting Python, torch and the process group costs more than the training.  ``test_zero.py`` reads the JSON.
 """
 
+import functools
 import itertools
 import json
 import sys
 from pathlib import Path
 
+import cpuinfo
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
+import training.config
 from model.gpt import GPT, IGNORED_LABEL, parameter_groups
 from training.batches import validation_batches
 from training.config import Config, load_config
@@ -19,6 +23,7 @@ from training.corpus import Corpus, write_corpus
 from training.distributed import UserFault, agree, end_process, join_process_group, together
 from training.engine import build_engine, deepspeed_config, train_step, unread_keys
 from training.evaluation import evaluate, sample_text
+from training.loss_scale import LossScale
 from training.schedule import learning_rate
 from training.tokenizers import load_tokenizer
 
@@ -30,6 +35,18 @@ TINY = [
 END_OF_TEXT = 256
 FEATURES = ["model.positions=alibi", "attention.window=20", "attention.document_mask=true"]
 LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.tied_embeddings=false"]
+
+
+CHECKPOINTING = {
+    "none": [], "full": [], "every_n": ["train.checkpoint_every=2"], "selective": [], "selective and matmuls": ["train.keep_matmuls=true"],
+    "deepspeed": [], "deepspeed classic": ["train.partition_activations=classic"],
+}  # fmt: skip
+OFFLOAD = {"none": [], "optimizer": ["zero.offload_optimizer=cpu"], "both": ["zero.offload_optimizer=cpu", "zero.offload_parameters=cpu"]}
+LINEAR = torch.nn.functional.linear
+
+cpuinfo.get_cpu_info = functools.lru_cache(cpuinfo.get_cpu_info)  # DeepSpeed's CPU Adam asks each time, which takes a second
+if not torch.cuda.is_available():
+    training.config.cpu_has_fp16 = get_accelerator().is_fp16_supported = lambda: True  # not fast, but right
 
 
 def configure(*overrides: str) -> Config:
@@ -58,9 +75,10 @@ def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tupl
 
 def train(config: Config, ignored: bool = False) -> dict:
     engine = build_engine(config, end_of_text=END_OF_TEXT)
+    scale = LossScale(config.train.initial_loss_scale) if config.train.precision == "fp16" else None
     results = []
     for step in range(STEPS):
-        results.append(train_step(engine, micro_batches(config, step, ignored), step, config))
+        results.append(train_step(engine, micro_batches(config, step, ignored), step, config, scale))
     engine.destroy()
     return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
 
@@ -86,13 +104,27 @@ def train_plainly(config: Config, ignored: bool = False) -> dict:
 
 
 def grid() -> dict:
-    """backend x checkpointing x stage, and the other stages and precisions once each."""
-    cells = {}
-    for backend, checkpointing, stage in itertools.product(("eager", "tiled", "sdpa", "triton"), ("none", "full"), (2, 3)):
-        name = f"{backend}-{checkpointing}-stage{stage}"
-        cells[name] = train(configure(f"attention.backend={backend}", f"train.activation_checkpointing={checkpointing}", f"zero.stage={stage}"))
-    for stage in (0, 1):
-        cells[f"eager-none-stage{stage}"] = train(configure(f"zero.stage={stage}"))
+    """checkpointing x stage x offload, over which backends and accumulation take turns; each checkpointing with Triton's kernels; stage x offload
+    in bf16 and fp16, over which checkpointing takes turns.  By name, with the settings."""
+    cells, modes, turn = {}, list(CHECKPOINTING), itertools.count()
+    places = [(stage, offload) for stage, offload in itertools.product(range(4), OFFLOAD) if not (stage == 0 and offload != "none" or stage < 3 and offload == "both")]
+
+    def cell(precision: str, mode: str, stage: int, offload: str, backend: str, accumulation: int) -> None:
+        torch.nn.functional.linear = LINEAR  # DeepSpeed's stage 3 replaces it for good, also where the next cell asks for PyTorch's
+        settings = [f"train.precision={precision}", f"train.activation_checkpointing={mode.split()[0]}", f"zero.stage={stage}",
+                    f"attention.backend={backend}", f"train.gradient_accumulation_steps={accumulation}"]
+        cells[f"{precision}, {mode}, stage {stage}, {offload} offloaded, {backend}, {accumulation}"] = train(
+            configure(*settings, *CHECKPOINTING[mode], *OFFLOAD[offload]))
+
+    for mode, (stage, offload) in itertools.product(modes, places):
+        which = next(turn)
+        backend = "sdpa" if mode.startswith("selective") else ("eager", "tiled", "sdpa")[which % 3]
+        cell("fp32", mode, stage, offload, backend, (1, 2, 4)[which // 2 % 3])
+    for mode in modes:
+        cell("fp32", mode, 2 + next(turn) % 2, "none", "triton", 1)
+    for precision, (stage, offload) in itertools.product(("bf16", "fp16"), places):
+        if (precision, stage) != ("fp16", 0):  # refused
+            cell(precision, modes[next(turn) % len(modes)], stage, offload, "sdpa", 2)
     return cells
 
 
