@@ -220,7 +220,11 @@ def train_step(
 def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float, bool]:
     """The optimizer step after the last micro batch: gradient norm before clipping, and whether the step was applied."""
     engine.step()
-    return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    applied = engine.was_step_applied()
+    if not applied and engine.zero_cpu_offload() and engine.zero_optimization_stage() < 3:
+        # DeepSpeed 0.19.8 keeps these sums, which are no numbers, and would add every later gradient to them.
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
+    return float(engine.get_global_grad_norm()), applied
 
 
 def _take_plain_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[float, bool]:
