@@ -61,7 +61,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # Imported late, so that a fault in the configuration is told sooner, and DeepSpeed's remarks on the machine go to its log.
     from training import checkpoints
     from training.batches import TrainingBatches, validation_batches
-    from training.engine import announce_build, build_engine, deepspeed_config, train_step
+    from training.engine import build_engine, check_machine, deepspeed_config, train_step
     from training.evaluation import evaluate, sample_text
     from training.loss_scale import LossScale
     from training.metering import Meter
@@ -91,7 +91,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
         print("\n".join([*notes, *passed_over, *changed, *began, describe(config, meter, corpus)]), flush=True)
 
     # 5. Model, optimizer, engine.
-    build = together(lambda: announce_build(config))
+    build = together(lambda: check_machine(config))
     if build and first:
         print(build, flush=True)
     state.loss_scale = (state.loss_scale or LossScale(config.train.initial_loss_scale)) if config.train.precision == "fp16" else None
@@ -128,10 +128,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
             result = train_step(engine, micro_batches, step - 1, config, state.loss_scale)
-            state.step = step
-            state.skipped_steps += not result.applied
-            state.overflow_steps += result.overflow
-            state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + (not result.overflow)
+            state.count(result)
             row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
             row["skipped_steps"] = state.skipped_steps
             if state.loss_scale:

@@ -34,7 +34,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from training.config import CheckpointSection, Config
 from training.distributed import LoneFault, UserFault, from_first_rank, gather, together
-from training.engine import set_hyperparameters
+from training.engine import StepResult, set_hyperparameters
 from training.files import rename_durably, write_atomically
 from training.loss_scale import LossScale
 from training.manifest import STATE_FILE, complete_checkpoints, faults_of, named_checkpoints, seal, step_folder, step_of, write_manifest
@@ -64,6 +64,13 @@ class LoopState:
     def __post_init__(self) -> None:
         if isinstance(self.loss_scale, dict):  # as state.json holds it
             self.loss_scale = LossScale(**self.loss_scale)
+
+    def count(self, result: StepResult) -> None:
+        """One more step. Where the loss scale falls it is not the run that goes astray: such steps do not count as skipped in a row."""
+        self.step += 1
+        self.skipped_steps += not result.applied
+        self.overflow_steps += result.overflow
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + (not result.overflow)
 
 
 def layout(config: Config) -> dict[str, Any]:

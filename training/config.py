@@ -361,18 +361,11 @@ def _precision_faults(config: Config) -> list[tuple[str, str]]:
     if train.precision == "fp16" and zero.stage == 0:
         found.append(("train.precision", "DeepSpeed's stage 0 divides fp16 gradients by a loss scale that it has not multiplied the loss by; "
                       "use zero.stage: 1, or train.precision: bf16"))
-    if train.precision == "fp16" and not torch.cuda.is_available() and not cpu_has_fp16():
-        found.append(("train.precision", "DeepSpeed trains in fp16 on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32"))
     if train.bf16_states and train.precision != "bf16":
         found.append(("train.bf16_states", f"states are kept in bf16 where the model is, and train.precision is {train.precision}; use bf16, or leave it out"))
     if train.bf16_states and zero.stage == 0:
         found.append(("train.bf16_states", "DeepSpeed's stage 0 knows fp32 states alone; use zero.stage: 1, which is the same on one process"))
     return found
-
-
-def cpu_has_fp16() -> bool:
-    """DeepSpeed's condition for fp16 without a GPU."""
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
 def _offload_faults(zero: ZeroSection) -> list[tuple[str, str]]:

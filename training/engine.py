@@ -9,9 +9,11 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
+from torch.utils import cpp_extension
 
 from model.checkpointing import Checkpointing
 from model.gpt import GPT, IGNORED_LABEL, Block, parameter_groups
@@ -68,22 +70,24 @@ def checkpointing_of(config: Config) -> Checkpointing:
                          backend=config.attention.backend, function=deepspeed.checkpointing.checkpoint)
 
 
-def announce_build(config: Config) -> str | None:
-    """A line on what DeepSpeed is about to compile for this configuration; None where nothing, or where it was compiled before.
+def check_machine(config: Config) -> str | None:
+    """A line on what DeepSpeed is about to compile for a configuration; None where nothing, or where it was compiled before.
 
     Raises:
-        UserFault: there is no C++ compiler to do it.
+        UserFault: this machine lacks what the configuration needs.
     """
+    if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserFault("train.precision=fp16: DeepSpeed trains in it on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32")
     if config.zero.offload_optimizer == "none":
         return None
-    built = Path(torch.utils.cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False), f"{CPUAdamBuilder.NAME}.so")
+    built = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False), f"{CPUAdamBuilder.NAME}.so")
     if built.exists():
         return None
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise UserFault(f"zero.offload_optimizer=cpu: DeepSpeed's CPU Adam has to be compiled, and there is no C++ compiler ({compiler}); "
                         "install one (apt-get install g++), or use zero.offload_optimizer=none")
-    return f"zero.offload_optimizer: cpu -> compiling DeepSpeed's CPU Adam into {built.parent}: one to two minutes, once on this machine"
+    return f"zero.offload_optimizer: cpu -> DeepSpeed's CPU Adam is compiled into {built.parent}, once on this machine: one to two minutes"
 
 
 def _is_plain(config: Config) -> bool:

@@ -56,6 +56,15 @@ def test_bf16_agrees_over_the_stages_and_with_fp32(seen):
     assert_same_training(seen["bf16"]["3"], seen["plain"], relative=1e-3)
 
 
+def test_the_loss_scale_falls_until_gradients_fit_and_its_steps_do_not_count_as_going_astray(seen):
+    steps, state = seen["loss_scale_search"]["steps"], seen["loss_scale_search"]["state"]
+    skipped = [step for step in steps if not step[2]]
+    assert len(skipped) >= 5 and all(overflow for *_, overflow in skipped) and [applied for *_, applied, _ in steps[-2:]] == [True, True]
+    assert [scale for _, scale, *_ in steps[:3]] == [1e9, 5e8, 2.5e8]
+    assert len({loss for loss, *_ in steps[: len(skipped) + 1]}) == 1, "skipped steps change nothing"
+    assert (state["step"], state["skipped_steps"], state["overflow_steps"], state["skipped_in_a_row"]) == (len(steps), len(skipped), len(skipped), 0)
+
+
 def test_initial_weights_under_zero_init_are_the_plain_ones(seen):
     assert seen["initial_weights"]["equal_to_plain"]
 

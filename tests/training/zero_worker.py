@@ -3,6 +3,7 @@
 One launch for all of them: starting Python, torch and the process group costs more than the training.  ``test_zero.py`` reads the JSON.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,9 +16,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-import training.config
 from model.gpt import GPT, IGNORED_LABEL, parameter_groups
 from training.batches import validation_batches
+from training.checkpoints import LoopState
 from training.config import Config, load_config
 from training.corpus import Corpus, write_corpus
 from training.distributed import UserFault, agree, end_process, join_process_group, together
@@ -45,8 +46,7 @@ OFFLOAD = {"none": [], "optimizer": ["zero.offload_optimizer=cpu"], "both": ["ze
 LINEAR = torch.nn.functional.linear
 
 cpuinfo.get_cpu_info = functools.lru_cache(cpuinfo.get_cpu_info)  # DeepSpeed's CPU Adam asks each time, which takes a second
-if not torch.cuda.is_available():
-    training.config.cpu_has_fp16 = get_accelerator().is_fp16_supported = lambda: True  # not fast, but right
+get_accelerator().is_fp16_supported = lambda: True  # on any CPU: not fast, but right
 
 
 def configure(*overrides: str) -> Config:
@@ -128,6 +128,18 @@ def grid() -> dict:
     return cells
 
 
+def loss_scale_search() -> dict:
+    """fp16 from a scale that is far too large, and what the run counts."""
+    config = configure("train.precision=fp16", "train.initial_loss_scale=1e9", "train.steps=40")
+    engine, state = build_engine(config), LoopState(loss_scale=LossScale(config.train.initial_loss_scale))
+    results = []
+    while state.step < 3 or results[-1].overflow or results[-2].overflow:
+        results.append(train_step(engine, micro_batches(config, 0), 0, config, state.loss_scale))
+        state.count(results[-1])
+    engine.destroy()
+    return {"steps": [(r.loss, r.loss_scale, r.applied, r.overflow) for r in results], "state": dataclasses.asdict(state)}
+
+
 def initial_weights() -> dict:
     """Standard deviations under ZeRO-3, and whether the weights are those of a model built without it."""
     config = configure("model.hidden_size=64", "model.layers=8", "model.dropout=0.0")
@@ -197,14 +209,14 @@ def evaluation(folder: Path) -> dict:
     return {"found": found, "some": some, "nats": nats, "tokens": tokens, "bytes": text_bytes, "split_tokens": split.tokens, "samples": texts}
 
 
-def bf16_gradient_error(stage: int) -> float:
+def bf16_gradient_error(stage: int, *overrides: str) -> float:
     """Relative error of the gradient norm after many micro batches in bf16, whose sum must be kept in fp32.
 
     Every micro batch is the same, so that the accumulated gradient is that of one of them and only the addition can go wrong.
     """
     def grad_norm(accumulation: int) -> float:
         config = configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}", "train.global_batch_size=null",
-                           "train.micro_batch_size=1", f"train.gradient_accumulation_steps={accumulation}", "optimizer.grad_clip=0")
+                           "train.micro_batch_size=1", f"train.gradient_accumulation_steps={accumulation}", "optimizer.grad_clip=0", *overrides)
         engine = build_engine(config)
         tokens, labels = (x[:1] for x in global_batch(configure(), 0))
         result = train_step(engine, [(tokens, labels)] * accumulation, 0, config)
@@ -260,7 +272,8 @@ def main() -> None:
         "plain_ignored": train_plainly(configure(), ignored=True),
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
-        "bf16_gradient_error": {stage: bf16_gradient_error(stage) for stage in (1, 2, 3)},
+        "bf16_gradient_error": {f"{stage} {offload}": bf16_gradient_error(stage, *OFFLOAD[offload]) for stage in (1, 2, 3) for offload in ("none", "optimizer")},
+        "loss_scale_search": loss_scale_search(),
         "initial_weights": initial_weights(),
         "dropout": dropout_differs(),
         "evaluation": evaluation(out.parent / "corpus"),
