@@ -112,8 +112,9 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # Imported late, so that a fault in the configuration is told sooner, and DeepSpeed's remarks on the machine go to its log.
     from training import checkpoints
     from training.batches import TrainingBatches, validation_batches
-    from training.engine import build_engine, deepspeed_config, train_step
+    from training.engine import build_engine, check_machine, deepspeed_config, train_step
     from training.evaluation import evaluate, mixed, sample_text
+    from training.loss_scale import LossScale
     from training.metering import Meter
     from training.tracking import METRICS_FILE, ProgressLine, collect_environment
 
@@ -140,6 +141,10 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
         print("\n".join([*notes, *passed_over, *changed, *began, describe(config, meter, corpus)]), flush=True)
 
     # 5. Model, optimizer, engine.
+    build = together(lambda: check_machine(config))
+    if build and first:
+        print(build, flush=True)
+    state.loss_scale = (state.loss_scale or LossScale(config.train.initial_loss_scale)) if config.train.precision == "fp16" else None
     convert = checkpoint is not None and checkpoint.needs_conversion(config)
     with output_to(deepspeed_log):
         engine = build_engine(config, end_of_text=tokenizer.end_of_text, load_universal=convert)
@@ -173,12 +178,12 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             started = time.perf_counter()
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
-            result = train_step(engine, micro_batches, step - 1, config)
-            state.step = step
-            state.skipped_steps += not result.applied
-            state.skipped_in_a_row = 0 if result.applied else state.skipped_in_a_row + 1
+            result = train_step(engine, micro_batches, step - 1, config, state.loss_scale)
+            state.count(result)
             row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
             row["skipped_steps"] = state.skipped_steps
+            if state.loss_scale:
+                row["overflow_steps"] = state.overflow_steps
             if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
                 validation = validate()
                 row |= validation
@@ -186,7 +191,8 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
                 recorder.record(row)
                 progress.update(row)
                 if not result.applied:
-                    progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far)")
+                    falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
+                    progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far){falls}")
             if state.skipped_in_a_row >= config.train.stop_after_skipped:
                 raise UserFault(diverged(state, config, run_dir))
             saved = None

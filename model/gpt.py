@@ -3,9 +3,9 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import alibi_slopes, attention, attention_packed
+from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
@@ -20,8 +20,7 @@ class GPT(nn.Module):
         end_of_text: the tokenizer's id between two documents; read, and needed, where ``attention.document_mask`` is set. It opens the
             document that follows, whose first token it predicts without any other context; what stands before the first one in a
             sample is one document, or the rest of one. Learned positions count on from document to document.
-        activation_checkpointing: ``none`` keeps every activation for the backward pass, ``full`` keeps each block's
-            input only and computes the block again (Chen et al. 2016, section 3).
+        checkpointing: what the blocks keep for the backward pass.
     """
 
     def __init__(
@@ -30,14 +29,14 @@ class GPT(nn.Module):
         attention: AttentionConfig = AttentionConfig(),
         *,
         end_of_text: int | None = None,
-        activation_checkpointing: str = "none",
+        checkpointing: Checkpointing = Checkpointing(),
     ):
         super().__init__()
         if attention.document_mask and end_of_text is None:
             raise ValueError("attention.document_mask: where a document ends is not known; give GPT the tokenizer's end_of_text")
         self.config = config
         self.end_of_text = end_of_text if attention.document_mask else None
-        self.activation_checkpointing = activation_checkpointing
+        self.checkpointing = checkpointing
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.sequence_length, config.hidden_size) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -91,12 +90,11 @@ class GPT(nn.Module):
         if self.end_of_text is not None:
             context["document_ids"] = (tokens == self.end_of_text).cumsum(1, dtype=torch.int32)
         x = self.dropout(x)
-        for block in self.blocks:
-            # By keyword: ZeRO-3 copies positional tensors, and what attention makes of document_ids is kept for one and the same tensor.
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False, **context)
+        for index, block in enumerate(self.blocks):
+            if self.checkpointing.includes(index) and torch.is_grad_enabled():
+                x = self.checkpointing.run(block, x, context)
             else:
-                x = block(x, **context)
+                x = block(x, **context)  # by keyword, as ``Checkpointing.run`` does and says why
         logits = self.head(self.final_norm(x))
         if labels is None:
             return logits
@@ -224,8 +222,8 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     """Parameters of a resolved architecture, counted on the meta device.
 
     Returns:
-        ``total``; ``matmul``, those that multiply every token (the position table is only looked up, and so is the input embedding
-        unless it is also the head); and ``recomputed``, those of the blocks that full checkpointing multiplies again.
+        ``total``; and ``matmul``, those that multiply every token (the position table is only looked up, and so is the input embedding
+        unless it is also the head).
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -233,8 +231,21 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     looked_up = 0 if model.position_embedding is None else model.position_embedding.weight.numel()
     if not config.tied_embeddings:
         looked_up += model.token_embedding.weight.numel()
-    recomputed = sum(p.numel() for p in model.blocks.parameters())
-    if config.dropout == 0:
-        # Recomputation stops at the last tensor that the backward reads, which is the last product's input, unless its dropout follows.
-        recomputed -= sum(p.numel() for block in model.blocks for p in block.ffn.down.parameters())
-    return {"total": total, "matmul": total - looked_up, "recomputed": recomputed}
+    return {"total": total, "matmul": total - looked_up}
+
+
+def count_recomputed(config: GPTConfig, checkpointing: Checkpointing) -> dict[str, int]:
+    """What checkpointing computes again: ``parameters`` that multiply every token once more, and ``layers`` of attention."""
+    with torch.device("meta"):
+        blocks = GPT(config).blocks
+    recomputed = [block for index, block in enumerate(blocks) if checkpointing.includes(index)]
+    modules = [module for block in recomputed for module in block.modules()]
+    parameters = sum(p.numel() for block in recomputed for p in block.parameters())
+    selective = checkpointing.mode == "selective"
+    if selective and checkpointing.keep_matmuls:
+        parameters -= sum(p.numel() for module in modules if isinstance(module, nn.Linear) for p in module.parameters())
+    elif config.dropout == 0 and checkpointing.mode != "deepspeed":
+        # PyTorch's recomputation stops at the last tensor that the backward reads, which is the last product's input, unless its dropout
+        # follows. DeepSpeed's computes the whole block.
+        parameters -= sum(p.numel() for block in recomputed for p in block.ffn.down.parameters())
+    return {"parameters": parameters, "layers": 0 if selective else len(recomputed)}

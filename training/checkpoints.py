@@ -35,8 +35,9 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 from training.config import CheckpointSection, Config, OptimizerSection
 from training.distributed import LoneFault, UserFault, from_first_rank, gather, together
-from training.engine import set_hyperparameters
+from training.engine import StepResult, set_hyperparameters
 from training.files import rename_durably, write_atomically
+from training.loss_scale import LossScale
 from training.manifest import STATE_FILE, complete_checkpoints, faults_of, named_checkpoints, seal, step_folder, step_of, write_manifest
 from training.schedule import learning_rate
 from training.universal import convert_to_universal, load_universal
@@ -57,13 +58,31 @@ class LoopState:
     step: int = 0  # optimizer steps taken, skipped ones included; data order and learning rate follow from it
     skipped_steps: int = 0  # those whose loss or gradients were not finite
     skipped_in_a_row: int = 0
+    overflow_steps: int = 0  # of the skipped ones, those whose gradients alone overflowed in fp16, and that the loss scale answered by falling
+    loss_scale: LossScale | None = None  # fp16's
     elapsed_seconds: float = 0.0  # of training, over all starts of the run
     wandb_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss_scale, dict):  # as state.json holds it
+            self.loss_scale = LossScale(**self.loss_scale)
+
+    def count(self, result: StepResult) -> None:
+        """One more step. Where the loss scale falls it is not the run that goes astray: such steps do not count as skipped in a row."""
+        self.step += 1
+        self.skipped_steps += not result.applied
+        self.overflow_steps += result.overflow
+        self.skipped_in_a_row = 0 if result.applied else self.skipped_in_a_row + (not result.overflow)
 
 
 def layout(config: Config) -> dict[str, Any]:
     """What decides which file holds what: another layout needs conversion."""
-    return {"world_size": dist.get_world_size(), "zero_stage": config.zero.stage, "precision": config.train.precision}
+    return {"world_size": dist.get_world_size(), "zero_stage": config.zero.stage, "precision": config.train.precision, **_newer_layout(config)}
+
+
+def _newer_layout(config: Config) -> dict[str, Any]:
+    """What older checkpoints do not mention: they have its defaults."""
+    return {"offload_optimizer": config.zero.offload_optimizer, "bf16_states": config.train.bf16_states}
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,7 @@ class Checkpoint:
         return LoopState(**self.saved["loop"])
 
     def needs_conversion(self, config: Config) -> bool:
-        return self.saved["layout"] != layout(config)
+        return _newer_layout(Config()) | self.saved["layout"] != layout(config)
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------

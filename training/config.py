@@ -52,8 +52,15 @@ class TrainSection(Section):
     micro_batch_size: PositiveInt | None = None
     gradient_accumulation_steps: PositiveInt | None = 1
     global_batch_size: PositiveInt | None = 128
-    precision: Literal["bf16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "full"] = "none"
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    initial_loss_scale: float = Field(65536.0, ge=1)
+    loss_scale_window: PositiveInt = 1000
+    bf16_states: bool = False
+    activation_checkpointing: Literal["none", "full", "every_n", "selective", "deepspeed"] = "none"
+    checkpoint_every: Annotated[int, Field(ge=2)] | None = None
+    keep_matmuls: bool = False
+    cpu_checkpointing: bool = True
+    partition_activations: bool | Literal["classic"] = False
     stop_after_skipped: PositiveInt = 10
 
 
@@ -75,6 +82,8 @@ class OptimizerSection(Section):
 
 class ZeroSection(Section):
     stage: Literal[0, 1, 2, 3] = 3
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    offload_parameters: Literal["none", "cpu"] = "none"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     reduce_bucket_size: PositiveInt = 50_000_000
     prefetch_bucket_size: PositiveInt = 100_000_000
@@ -338,6 +347,7 @@ def _resolve(
         faults.append(({"train"}, "train.global_batch_size", batch_fault))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
+    notes += _mode_notes(config)
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
@@ -356,16 +366,32 @@ def _resolve_decay(optimizer: OptimizerSection, steps: int) -> OptimizerSection:
     return optimizer.model_copy(update={"decay_steps": max(1, min(math.ceil(steps / 5), steps - optimizer.warmup_steps))})
 
 
+def _mode_notes(config: Config) -> list[str]:
+    """What DeepSpeed makes of what was asked for, where its name would make one expect otherwise."""
+    train, zero, notes = config.train, config.zero, []
+    on_gpu = torch.cuda.is_available()
+    if train.activation_checkpointing == "deepspeed" and train.partition_activations == "classic":
+        notes.append("train.partition_activations: classic -> block inputs are partitioned over 1 process: each keeps the whole of its own, and saves no memory "
+                     "by it; they are copied to the CPU and back one by one, and computation waits for each copy")
+    elif train.activation_checkpointing == "deepspeed" and train.cpu_checkpointing:
+        notes.append("train.cpu_checkpointing: true -> " + (
+            "block inputs go to pinned memory of the CPU while the next block is computed; the last one's stays; computation waits for each on its way back"
+            if on_gpu else "block inputs are on the CPU as it is: nothing is moved"))
+    if not on_gpu and "cpu" in (zero.offload_optimizer, zero.offload_parameters):
+        notes.append("zero.offload_*: cpu -> all is on the CPU as it is; DeepSpeed takes the same path as beside a GPU")
+    return notes
+
+
 def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tuple[str, list[str], list[tuple[str, str]]]:
     """The attention backend by name; what ``auto`` chose and why; the reason an explicit one cannot do what is asked."""
     model = config.model.resolved()
     on_gpu = assumed_gpu is not None or torch.cuda.is_available()
     capability = assumed_gpu or (torch.cuda.get_device_capability() if on_gpu else None)
     if on_gpu and config.train.precision == "bf16" and capability < (8, 0):
-        return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp32")]
+        return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp16 or fp32")]
     asked = {
         "device_type": "cuda" if on_gpu else "cpu",
-        "dtype": torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        "dtype": {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision],
         "head_dim": max(1, model.head_dim),  # hidden_size below heads is told by its own fault
         "compute_capability": capability,
         "grouped": model.kv_heads != model.heads,

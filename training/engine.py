@@ -1,16 +1,25 @@
 """DeepSpeed: its configuration generated from ours, the engine built, one optimizer step taken."""
 
 import math
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.runtime.config import DeepSpeedConfig
+from torch.utils import cpp_extension
 
+from model.checkpointing import Checkpointing
 from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
 from training.config import Config, OptimizerSection
 from training.distributed import UserFault
+from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
 from training.schedule import learning_rate
 
@@ -28,10 +37,13 @@ def deepspeed_config(config: Config) -> dict:
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         # In fp32 stage 0 DeepSpeed neither tells the norm nor looks whether it is finite: train_step clips there.
         "gradient_clipping": 0.0 if _is_plain(config) else config.optimizer.grad_clip,
-        "bf16": {"enabled": config.train.precision == "bf16"},
+        "bf16": {"enabled": config.train.precision == "bf16", "bf16_master_weights_and_grads": config.train.bf16_states,
+                 "bf16_optimizer_states": config.train.bf16_states},
+        # A scale that stands still: train_step gives it that of LossScale.
+        "fp16": {"enabled": config.train.precision == "fp16", "loss_scale": config.train.initial_loss_scale},
         "communication_data_type": zero.reduce_dtype,
         # DeepSpeed would add micro batches up in bf16. Its stage 0 can do nothing else.
-        **({"data_types": {"grad_accum_dtype": "fp32"}} if zero.stage > 0 else {}),
+        **({"data_types": {"grad_accum_dtype": "bf16" if config.train.bf16_states else "fp32"}} if zero.stage > 0 else {}),
         "zero_optimization": {
             "stage": zero.stage,
             "overlap_comm": True,
@@ -39,6 +51,10 @@ def deepspeed_config(config: Config) -> dict:
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
+            "offload_optimizer": {"device": zero.offload_optimizer},
+            "offload_param": {"device": zero.offload_parameters},
+            # DeepSpeed's linear layer for stage 3 adds the bias in place, to a product that keep_matmuls would keep without it.
+            "memory_efficient_linear": not config.train.keep_matmuls,
         },
         # DeepSpeed knows torch's AdamW; Muon's ZeRO is training.muon's, tested against the unsharded one.
         **({"zero_allow_untested_optimizer": True} if config.optimizer.name == "muon" else {}),
@@ -48,6 +64,33 @@ def deepspeed_config(config: Config) -> dict:
     if unread:
         raise UserFault(f"DeepSpeed {deepspeed.__version__} does not read {', '.join(sorted(unread))}; install the version in the constraints file")
     return generated
+
+
+def checkpointing_of(config: Config) -> Checkpointing:
+    """The model's share of ``train.activation_checkpointing``; DeepSpeed's is configured by ``build_engine``."""
+    train = config.train
+    return Checkpointing(train.activation_checkpointing, every=train.checkpoint_every or 1, keep_matmuls=train.keep_matmuls,
+                         backend=config.attention.backend, function=deepspeed.checkpointing.checkpoint)
+
+
+def check_machine(config: Config) -> str | None:
+    """A line on what DeepSpeed is about to compile for a configuration; None where nothing, or where it was compiled before.
+
+    Raises:
+        UserFault: this machine lacks what the configuration needs.
+    """
+    if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserFault("train.precision=fp16: DeepSpeed trains in it on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32")
+    if config.zero.offload_optimizer == "none":
+        return None
+    built = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False), f"{CPUAdamBuilder.NAME}.so")
+    if built.exists():
+        return None
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise UserFault(f"zero.offload_optimizer=cpu: DeepSpeed's CPU Adam has to be compiled, and there is no C++ compiler ({compiler}); "
+                        "install one (apt-get install g++), or use zero.offload_optimizer=none")
+    return f"zero.offload_optimizer: cpu -> DeepSpeed's CPU Adam is compiled into {built.parent}, once on this machine: one to two minutes"
 
 
 def _is_plain(config: Config) -> bool:
@@ -91,13 +134,18 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
         end_of_text: the tokenizer's; needed with attention.document_mask.
         load_universal: a checkpoint in the universal format will be loaded (``training.universal``).
     """
+    train = config.train
     generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
     with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
-        model = GPT(config.model, config.attention, end_of_text=end_of_text, activation_checkpointing=config.train.activation_checkpointing)
+        model = GPT(config.model, config.attention, end_of_text=end_of_text, checkpointing=checkpointing_of(config))
     if config.zero.stage == 3:
         # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    if train.activation_checkpointing == "deepspeed":
+        classic = train.partition_activations == "classic"
+        # Without partitioning, its copy of what is on the CPU already is no copy, and it would empty both.
+        deepspeed.checkpointing.configure(None, partition_activations=classic, checkpoint_in_cpu=train.cpu_checkpointing and (classic or torch.cuda.is_available()))
     optimizer = build_optimizer(model, config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
     if config.optimizer.name == "muon" and config.zero.stage > 0:
@@ -115,6 +163,8 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optim
     """AdamW, or Muon with AdamW, with a learning rate of 0: train_step sets every step's, and DeepSpeed's own before it must change nothing."""
     muon, fused = config.optimizer.name == "muon", torch.cuda.is_available()
     groups = [named | own for named, own in zip(parameter_groups(model, hidden_apart=muon), group_settings(config.optimizer), strict=True)]
+    if config.zero.offload_optimizer == "cpu":
+        return DeepSpeedCPUAdam(groups, lr=0.0, fp32_optimizer_states=not config.train.bf16_states)
     if not muon:
         return torch.optim.AdamW(groups, lr=0.0, fused=fused)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
@@ -143,23 +193,31 @@ class StepResult:
     """One optimizer step: mean loss in nats per target token of the global batch, gradient norm before clipping, learning rate.
 
     ``applied`` is false where the loss or a gradient was not finite on some rank: then no rank has changed a parameter or a state.
+    ``loss_scale`` is what it was taken with, in fp16; ``overflow`` is true where gradients alone were not finite and the scale fell.
     """
 
     loss: float
     grad_norm: float
     lr: float
     applied: bool
+    loss_scale: float | None = None
+    overflow: bool = False
 
 
-def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], step: int, config: Config) -> StepResult:
+def train_step(
+    engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], step: int, config: Config,
+    loss_scale: LossScale | None = None,
+) -> StepResult:  # fmt: skip
     """One optimizer step over this rank's micro batches, each (tokens, labels), int64 [micro_batch, sequence].
 
     The loss is the sum over all targets of the global batch divided by their number, whatever their spread over ranks and
-    micro batches: a mean of means would weigh a token by how many neighbours it has.
+    micro batches: a mean of means would weigh a token by how many neighbours it has. loss_scale: needed in fp16, and moved on.
     """
     lr = learning_rate(step, config.train.steps, config.optimizer)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+    if loss_scale is not None:
+        engine.optimizer.override_loss_scale(loss_scale.scale)
     targets = torch.stack([(labels != IGNORED_LABEL).sum() for _, labels in micro_batches]).sum().double()
     dist.all_reduce(targets)
     # DeepSpeed averages gradients over ranks; times the world size that is the sum the division by targets needs.
@@ -177,13 +235,22 @@ def train_step(engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torc
             norm, applied = _take_plain_step(engine, config.optimizer.grad_clip) if _is_plain(config) else _take_step(engine)
         else:
             engine.step()
-    return StepResult(loss=(loss / targets).item(), grad_norm=norm, lr=lr, applied=applied)
+    result = StepResult(loss=(loss / targets).item(), grad_norm=norm, lr=lr, applied=applied)
+    if loss_scale is None:
+        return result
+    before, falls = loss_scale.scale, not applied and math.isfinite(result.loss) and loss_scale.can_fall()
+    loss_scale.update(result.loss, applied, config.train.loss_scale_window)
+    return replace(result, loss_scale=before, overflow=falls)
 
 
 def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float, bool]:
     """The optimizer step after the last micro batch: gradient norm before clipping, and whether the step was applied."""
     engine.step()
-    return float(engine.get_global_grad_norm()), engine.was_step_applied()
+    applied = engine.was_step_applied()
+    if not applied and engine.zero_cpu_offload() and engine.zero_optimization_stage() < 3:
+        # DeepSpeed 0.19.8 keeps these sums, which are no numbers, and would add every later gradient to them.
+        engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
+    return float(engine.get_global_grad_norm()), applied
 
 
 def _take_plain_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[float, bool]:

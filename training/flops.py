@@ -41,30 +41,29 @@ def hardware_flops_per_token(
     *,
     matmul_parameters: int,
     recomputed_parameters: int,
+    recomputed_layers: int,
     layers: int,
     attention_width: int,
     sequence_length: int,
     window: int | None = None,
-    activation_checkpointing: Literal["none", "full"],
 ) -> int:
-    """`model_flops_per_token` plus what activation checkpointing recomputes; the arguments it shares mean the same.
+    """`model_flops_per_token` plus what activation checkpointing computes again; the arguments that they share mean the same.
 
-    "full" runs the forward pass of every block once more, as far as the backward needs it: 2 FLOPs a recomputed parameter and
-    4 L (H Q) S for attention, with a window as above. The output projection is not recomputed. What a fused attention backward
-    recomputes inside the kernel is not counted.
+    2 FLOPs a recomputed parameter, and 4 (H Q) S a recomputed layer of attention, with a window less of S. The output projection is not
+    recomputed. What a fused attention backward recomputes inside the kernel is not counted.
 
     recomputed_parameters: the part of matmul_parameters that checkpointed blocks multiply again.
+    recomputed_layers: those whose attention is computed again. See `model.gpt.count_recomputed` for both.
     """
     flops = model_flops_per_token(
         matmul_parameters=matmul_parameters, layers=layers, attention_width=attention_width, sequence_length=sequence_length, window=window
     )
-    if activation_checkpointing == "full":
-        flops += 2 * recomputed_parameters + 4 * layers * attention_width * attention_pairs(sequence_length, window) // sequence_length
-    return flops
+    attention = 4 * recomputed_layers * attention_width * attention_pairs(sequence_length, window) // sequence_length
+    return flops + 2 * recomputed_parameters + attention
 
 
 # Device name as the CUDA driver reports it, without "NVIDIA" and "GeForce" -> dense TFLOP/s in (bf16, fp32), and NVIDIA's document
-# that says so. bf16: tensor cores accumulating in fp32; a document that gives the sparse figure alone is halved. fp32: CUDA cores, no TF32.
+# that says so. bf16, and fp16 alike: tensor cores accumulating in fp32; a document that gives the sparse figure alone is halved. fp32: CUDA cores, no TF32.
 # The pattern must match the whole name: laptop, "D", "SUPER" and MIG variants are other, slower devices.
 _PEAK_TFLOPS = (
     (r"A100-(SXM4|PCIE)-(40|80)GB|A100 80GB PCIe", 312, 19.5, "A100 Tensor Core GPU datasheet"),
@@ -118,7 +117,7 @@ def _plain(device_name: str) -> str:
     return re.sub(r"^GeForce ", "", re.sub(r"^NVIDIA ", "", device_name.strip()))
 
 
-def peak_flops(device_name: str, precision: Literal["bf16", "fp32"]) -> float | None:
+def peak_flops(device_name: str, precision: Literal["bf16", "fp16", "fp32"]) -> float | None:
     """Dense peak in FLOP/s of one GPU; None for a CPU or a device the table does not know: MFU is then null, never guessed.
 
     device_name: as `torch.cuda.get_device_name()` gives it.
@@ -126,5 +125,5 @@ def peak_flops(device_name: str, precision: Literal["bf16", "fp32"]) -> float | 
     name = _plain(device_name)
     for pattern, bf16, fp32, _source in _PEAK_TFLOPS:
         if re.fullmatch(pattern, name):
-            return {"bf16": bf16, "fp32": fp32}[precision] * 1e12
+            return {"bf16": bf16, "fp16": bf16, "fp32": fp32}[precision] * 1e12
     return None

@@ -5,9 +5,9 @@ import time
 
 import torch
 
-from model.gpt import count_parameters
+from model.gpt import count_parameters, count_recomputed
 from training.config import Config
-from training.engine import StepResult
+from training.engine import StepResult, checkpointing_of
 from training.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
 
 
@@ -26,8 +26,9 @@ class Meter:
         shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,
                  "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)
+        recomputed = count_recomputed(model, checkpointing_of(config))
         self.hardware_flops_per_token = hardware_flops_per_token(
-            **shape, recomputed_parameters=self.parameters["recomputed"], activation_checkpointing=config.train.activation_checkpointing)
+            **shape, recomputed_parameters=recomputed["parameters"], recomputed_layers=recomputed["layers"])
         self.device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
         self.peak_flops = peak_flops(self.device_name, config.train.precision)
         self.started = time.perf_counter() - elapsed_seconds
@@ -53,6 +54,7 @@ class Meter:
             "loss": result.loss,
             "grad_norm": result.grad_norm,
             "lr": result.lr,
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_gpu": per_gpu,
             "step_seconds": step_seconds,

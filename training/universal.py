@@ -18,6 +18,7 @@ import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from model.config import GPTConfig
 from model.gpt import GPT, parameter_groups
@@ -93,7 +94,11 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path, model: GPTCo
         engine.load_checkpoint(str(folder.parent), tag=folder.name)
     for parameter, state in engine.basic_optimizer.state.items():
         # DeepSpeed gives all groups one step count, which each of them would count up, and leaves it on the CPU, where fused AdamW has none.
-        state["step"] = state["step"].to(parameter.device if parameter.is_cuda else "cpu", copy=True)
+        # Its CPU Adam counts in a Python integer.
+        if isinstance(engine.basic_optimizer, DeepSpeedCPUAdam):
+            state["step"] = int(state["step"])
+        else:
+            state["step"] = torch.tensor(float(state["step"]), device=parameter.device if parameter.is_cuda else "cpu")
 
 
 def _load_stage_0(engine: deepspeed.DeepSpeedEngine, folder: Path, model: GPTConfig, optimizer: str) -> None:

@@ -3,10 +3,12 @@ import math
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
-from model.gpt import GPT, IGNORED_LABEL, count_parameters, rotary_table, rotate
+from model.gpt import GPT, IGNORED_LABEL, count_parameters, count_recomputed, rotary_table, rotate
 from training.flops import hardware_flops_per_token, model_flops_per_token
 
 END_OF_TEXT = 0
@@ -123,14 +125,26 @@ def test_attention_dropout_acts_while_training_alone_and_alike_in_every_backend(
     assert torch.equal(model(tokens), model(tokens))
 
 
+MODES = {
+    "full": Checkpointing("full"), "every_n": Checkpointing("every_n", every=2), "selective": Checkpointing("selective", backend="sdpa"),
+    "matmuls": Checkpointing("selective", backend="sdpa", keep_matmuls=True),
+    # DeepSpeed's own, likewise reentrant, needs processes: tests/training/test_zero.py
+    "deepspeed": Checkpointing("deepspeed", function=lambda block, x: checkpoint(block, x, use_reentrant=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("options", [*DIALECTS.values(), *VARIANTS.values(), {"dropout": 0.2, "attention": {"dropout": 0.3}}],
                          ids=[*DIALECTS, *VARIANTS, "dropout"])  # fmt: skip
-def test_full_checkpointing_changes_no_gradient(options):
-    model = build(**{**options, "attention": {**options.get("attention", {}), "backend": "tiled"}})
+def test_checkpointing_changes_no_gradient(options, mode):
+    if MODES[mode].mode == "selective":  # sdpa has none of the features
+        options = {key: value for key, value in options.items() if key != "attention" and value != "alibi"}
+    backend = "sdpa" if MODES[mode].mode == "selective" else "tiled"
+    model = build(**{**options, "attention": {**options.get("attention", {}), "backend": backend}})
     tokens, labels = torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
     gradients = []
-    for mode in ("none", "full"):
-        model.activation_checkpointing = mode
+    for checkpointing in (Checkpointing(), MODES[mode]):
+        model.checkpointing = checkpointing
         model.zero_grad()
         torch.manual_seed(3)
         model(tokens, labels).backward()
@@ -138,16 +152,25 @@ def test_full_checkpointing_changes_no_gradient(options):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_full_checkpointing_keeps_block_inputs_only():
-    def kept_bytes(mode: str) -> int:
-        model = build(layers=6)
-        model.activation_checkpointing = mode
+def test_checkpointing_keeps_less_the_more_it_computes_again():
+    def kept_bytes(checkpointing: Checkpointing) -> int:
+        model = build(layers=6, attention={"backend": "sdpa"})
+        model.checkpointing = checkpointing
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
             model(torch.randint(50, (4, 16)), torch.randint(50, (4, 16)))
         return sum(kept)
 
-    assert kept_bytes("full") < kept_bytes("none") / 3
+    none, full, every_n = (kept_bytes(mode) for mode in (Checkpointing(), MODES["full"], MODES["every_n"]))
+    assert full < none / 3
+    assert every_n == (none + full) / 2
+
+
+def test_selective_checkpointing_refuses_what_it_would_not_keep():
+    model = build(attention={"backend": "eager"})
+    model.checkpointing = MODES["selective"]
+    with pytest.raises(ValueError, match="attention.backend=sdpa ran none of aten::_scaled.* use attention.backend=triton"):
+        model(torch.randint(50, (1, 16)), torch.randint(50, (1, 16)))
 
 
 def test_shorter_sequences_than_the_position_table(model):
@@ -186,22 +209,36 @@ def test_gpt2_small_has_its_published_parameter_count():
     assert count_parameters(GPTConfig(vocab_size=50257).resolved())["total"] == 124_439_808
 
 
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_flops_formulas_agree_with_counted_flops(dropout):
+def test_flops_formulas_agree_with_counted_flops(dropout, mode):
     """Model FLOPs without checkpointing, hardware FLOPs with it, against every matrix product that PyTorch runs."""
-    config = GPTConfig(layers=4, hidden_size=128, heads=4, vocab_size=512, sequence_length=64, dropout=dropout).resolved()
-    parameters = count_parameters(config)
-    shape = {"matmul_parameters": parameters["matmul"], "layers": 4, "attention_width": 128, "sequence_length": 64}
+    config = GPTConfig(layers=3, hidden_size=128, heads=4, vocab_size=512, sequence_length=64, dropout=dropout, bias=False).resolved()
+    shape = {"matmul_parameters": count_parameters(config)["matmul"], "layers": 3, "attention_width": 128, "sequence_length": 64}
+    selective = MODES[mode].mode == "selective"
 
-    def counted(mode: str) -> float:
-        model = GPT(config, AttentionConfig(backend="eager"), activation_checkpointing=mode)
-        with FlopCounterMode(display=False) as counter:
+    def counted(checkpointing: Checkpointing) -> float:
+        model = GPT(config, AttentionConfig(backend="sdpa" if selective else "eager"), checkpointing=checkpointing)
+        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             model(torch.randint(512, (2, 64)), torch.randint(512, (2, 64))).backward()
         return counter.get_total_flops() / 128
 
-    assert counted("none") == pytest.approx(model_flops_per_token(**shape), rel=0.01)
-    expected = hardware_flops_per_token(**shape, recomputed_parameters=parameters["recomputed"], activation_checkpointing="full")
-    assert counted("full") == pytest.approx(expected, rel=0.01)
+    assert counted(Checkpointing()) == pytest.approx(model_flops_per_token(**shape), rel=0.005)
+    recomputed = count_recomputed(config, MODES[mode])
+    expected = hardware_flops_per_token(**shape, recomputed_parameters=recomputed["parameters"], recomputed_layers=recomputed["layers"])
+    assert counted(MODES[mode]) == pytest.approx(expected, rel=0.005)
+
+
+def _forward_flops(q, k, v, *_, **__):
+    batch, heads, queries, width = q
+    return 4 * batch * heads * queries * k[2] * width
+
+
+_aten = torch.ops.aten
+_CPU_ATTENTION = {  # as the model's formula has it: 4 forward, 8 backward, without what the kernel computes again
+    _aten._scaled_dot_product_flash_attention_for_cpu: _forward_flops,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda dout, *arguments, **named: 2 * _forward_flops(*arguments),
+}
 
 
 def test_counts_of_parameters():
@@ -209,7 +246,8 @@ def test_counts_of_parameters():
     assert counts["total"] - counts["matmul"] == 16 * 32
     untied = count_parameters(GPTConfig(**{**SMALL, **DIALECTS["llama"]}).resolved())
     assert untied["total"] - untied["matmul"] == 50 * 32
-    assert untied["recomputed"] == 2 * (32 * (4 + 2 * 2) * 8 + 32 * 32 + 32 * 256 + 2 * 32)
+    recomputed = count_recomputed(GPTConfig(**{**SMALL, **DIALECTS["llama"]}).resolved(), Checkpointing("full"))
+    assert recomputed == {"parameters": 2 * (32 * (4 + 2 * 2) * 8 + 32 * 32 + 32 * 256 + 2 * 32), "layers": 2}
 
 
 def test_initial_loss_is_that_of_a_uniform_guess(model):

@@ -17,35 +17,54 @@ from training.checkpoints import Checkpoint, LoopState, check_fits, find_checkpo
 from training.config import Config
 from training.distributed import UserFault, end_process, gather, join_process_group
 from training.engine import build_engine, train_step
+from training.loss_scale import LossScale
 
 LAYOUTS = list(itertools.product(range(4), ("fp32", "bf16")))
+MODES = {
+    "fp32": ["train.precision=fp32"], "bf16": ["train.precision=bf16"], "fp16": ["train.precision=fp16", "train.loss_scale_window=2"],
+    "offload": ["train.precision=bf16", "zero.offload_optimizer=cpu"], "states": ["train.precision=bf16", "train.bf16_states=true"],
+}  # fmt: skip
+MORE_LAYOUTS = list(itertools.product((2, 3), ("fp16", "offload", "states")))
+CONVERSIONS = [
+    ("bf16-0", "offload-3"), ("bf16-1", "offload-1"), ("bf16-2", "offload-2"), ("offload-2", "bf16-3"), ("offload-2", "offload-3"),
+    ("offload-3", "bf16-0"), ("offload-3", "fp16-2"), ("bf16-3", "fp16-3"), ("fp16-2", "bf16-1"), ("fp16-2", "fp16-3"), ("fp16-3", "fp32-2"),
+    ("bf16-3", "states-3"), ("states-2", "states-3"), ("states-2", "bf16-2"), ("states-3", "offload-2"),
+]  # fmt: skip
 SAVED_AT, END = 3, 6
 FEATURES = ["model.dropout=0.1", "attention.dropout=0.1", "attention.window=20", "attention.document_mask=true"]
 
 
-def configuration(stage: int, precision: str, *overrides: str) -> Config:
+def configuration(stage: int, mode: str, *overrides: str) -> Config:
     backend = "triton" if torch.cuda.is_available() else "tiled"
-    return configure(f"zero.stage={stage}", f"train.precision={precision}", f"attention.backend={backend}", f"train.steps={END}", "optimizer.lr=1e-2",
+    parameters = ["zero.offload_parameters=cpu"] if (stage, mode) == (3, "offload") else []
+    return configure(f"zero.stage={stage}", *MODES[mode], *parameters, f"attention.backend={backend}", f"train.steps={END}", "optimizer.lr=1e-2",
                      "optimizer.weight_decay=0.3", *overrides)
 
 
-def train(engine, config: Config, first: int, last: int) -> list[tuple[float, float]]:
-    results = [train_step(engine, micro_batches(config, step), step, config) for step in range(first, last)]
+def loop_state(config: Config, **saved) -> LoopState:
+    return LoopState(loss_scale=LossScale(1024.0) if config.train.precision == "fp16" else None, **saved)
+
+
+def train(engine, config: Config, first: int, last: int, state: LoopState) -> list[tuple[float, float, float | None]]:
+    results = [train_step(engine, micro_batches(config, step), step, config, state.loss_scale) for step in range(first, last)]
     assert all(result.applied for result in results)
-    return [(result.loss, result.grad_norm) for result in results]
+    state.step = last
+    return [(result.loss, result.grad_norm, result.loss_scale) for result in results]
 
 
-def write(engine, folder: Path, step: int, config: Config) -> Path:
-    return save(engine, folder, LoopState(step=step), config, corpus_sha256="", parameters=30_000)
+def write(engine, folder: Path, config: Config, state: LoopState) -> Path:
+    return save(engine, folder, state, config, corpus_sha256="", parameters=30_000)
 
 
 def resumed(checkpoint: Checkpoint, config: Config, scratch: Path) -> dict:
     engine = build_engine(config, end_of_text=END_OF_TEXT, load_universal=checkpoint.needs_conversion(config))
     load(engine, checkpoint, config, scratch=scratch)
-    rows = train(engine, config, SAVED_AT, END)
+    state = checkpoint.state
+    state.loss_scale = (state.loss_scale or loop_state(config).loss_scale) if config.train.precision == "fp16" else None
+    rows = train(engine, config, SAVED_AT, END, state)
     seen = {"rows": rows, "adam_steps": sorted({float(state["step"]) for state in engine.basic_optimizer.state.values()}),
             "weight_decays": [group["weight_decay"] for group in engine.optimizer.param_groups]}
-    end = write(engine, scratch, END, config)
+    end = write(engine, scratch, config, state)
     engine.destroy()
     return {**seen, "hashes": tensor_hashes(end)}
 
@@ -53,13 +72,13 @@ def resumed(checkpoint: Checkpoint, config: Config, scratch: Path) -> dict:
 def same_layout(out: Path) -> dict:
     """6 steps against 3, saved, loaded into a fresh engine, and 3 more, with dropout, also of attention, a window and documents."""
     seen = {}
-    for stage, precision in LAYOUTS:
+    for stage, precision in (*LAYOUTS, *MORE_LAYOUTS):
         config, folder = configuration(stage, precision, *FEATURES), out / f"{precision}-{stage}"
-        engine = build_engine(config, end_of_text=END_OF_TEXT)
-        train(engine, config, 0, SAVED_AT)
-        write(engine, folder, SAVED_AT, config)
-        whole = train(engine, config, SAVED_AT, END)
-        end = tensor_hashes(write(engine, out / "whole" / folder.name, END, config))
+        engine, state = build_engine(config, end_of_text=END_OF_TEXT), loop_state(config)
+        train(engine, config, 0, SAVED_AT, state)
+        write(engine, folder, config, state)
+        whole = train(engine, config, SAVED_AT, END, state)
+        end = tensor_hashes(write(engine, out / "whole" / folder.name, config, state))
         engine.destroy()
         checkpoint, _ = find_checkpoint("auto", folder)
         seen[f"{precision}-{stage}"] = {"whole": whole, "hashes": end, "resumed": resumed(checkpoint, config, out / "again" / folder.name)}
@@ -69,12 +88,12 @@ def same_layout(out: Path) -> dict:
 def other_layouts(out: Path) -> dict:
     """Every checkpoint into every layout; without dropout, whose masks would differ."""
     seen = {}
-    for source, target in itertools.product(LAYOUTS, LAYOUTS):
-        if source[1] != target[1] and source[0] != target[0]:
-            continue
-        before, after = f"{source[1]}-{source[0]}", f"{target[1]}-{target[0]}"
+    names = [[f"{mode}-{stage}" for stage, mode in layouts] for layouts in (LAYOUTS, MORE_LAYOUTS)]
+    plain = [(before, after) for before, after in itertools.product(names[0], names[0]) if before[:4] == after[:4] or before[-1] == after[-1]]
+    for before, after in (*plain, *((name, name) for name in names[1]), *CONVERSIONS):
+        mode, stage = after.split("-")
         checkpoint = Checkpoint.read(out / before / "step_00000003")
-        seen[f"{before} {after}"] = resumed(checkpoint, configuration(*target), out / "converted" / before / after)
+        seen[f"{before} {after}"] = resumed(checkpoint, configuration(int(stage), mode), out / "converted" / before / after)
     return seen
 
 
@@ -171,22 +190,24 @@ def not_finite(out: Path) -> dict:
         return loss * torch.inf if kind == "loss" else loss
 
     model.gpt.F.cross_entropy = poisoned
-    for stage, precision in LAYOUTS:
+    for stage, precision in (*LAYOUTS, *MORE_LAYOUTS):
         config = configuration(stage, precision, "train.gradient_accumulation_steps=2")
-        engine = build_engine(config)
-        train(engine, config, 0, 1)
-        results = []
+        engine, state = build_engine(config), loop_state(config)
+        train(engine, config, 0, 1, state)
+        results, scales = [], []
         for step, kind in ((1, "loss"), (2, "gradient")):
             poison = kind if dist.get_rank() == dist.get_world_size() - 1 else None
-            result = train_step(engine, micro_batches(config, step), step, config)
-            results.append((repr(result.loss), repr(result.grad_norm), result.applied))
-        skipped = train(engine, config, 1, 3)
+            result = train_step(engine, micro_batches(config, step), step, config, state.loss_scale)
+            results.append((repr(result.loss), repr(result.grad_norm), result.applied, result.overflow))
+            scales += [state.loss_scale.scale] if state.loss_scale else []
+        skipped = train(engine, config, 1, 3, state)
         engine.destroy()
-        engine = build_engine(config)
-        train(engine, config, 0, 1)
-        undisturbed = train(engine, config, 1, 3)
+        engine, state = build_engine(config), loop_state(config)
+        train(engine, config, 0, 1, state)
+        undisturbed = train(engine, config, 1, 3, state)
         engine.destroy()
-        seen[f"{precision}-{stage}"] = {"results": gather(results), "skipped": skipped, "undisturbed": undisturbed}
+        seen[f"{precision}-{stage}"] = {"results": gather(results), "scales": scales, "skipped": [row[:2] for row in skipped],
+                                        "undisturbed": [row[:2] for row in undisturbed]}
     model.gpt.F.cross_entropy = cross_entropy
     return seen
 

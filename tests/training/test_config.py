@@ -50,6 +50,7 @@ def test_shipped_configurations_load_and_have_the_parameters_their_comment_says(
 def test_the_shipped_configurations_are_all_there():
     assert {
         "base", "quickstart", "gpt2-124m", "gpt2-124m-documents", "gpt2-355m", "gpt2-774m", "gpt-1.3b", "gpt-2.7b", "gpt-6.7b", "llama-160m", "llama-1b", "llama-7b",
+        "deepspeed-offload",
     } <= {path.stem for path in CONFIGS}
 
 
@@ -147,7 +148,7 @@ def test_a_mapping_on_the_command_line_is_merged_and_checked_for_duplicates(load
     ("model: {positions: rope, head_dim: 33}", "head_dim must be even"),
     ("attention: {backend: sdpaa}", "attention.backend: sdpaa is not known"),
     ("optimizer: {min_lr: 1.0}", "above optimizer.lr"),
-    ("zero: {reduce_dtype: bf16}", "gradients of an fp32 run are fp32"),
+    ("zero: {reduce_dtype: bf16}", "gradients of an fp32 run are summed in fp32"),
     ("attention: {window: 0}", "attention.window: input should be greater than 0"),
     ("attention: {window: 64}\nmodel: {sequence_length: 64}", "attention.window: 64 keys hide nothing in sequences of 64; lower it, or use null"),
     ("attention: {dropout: 1.0}", "attention.dropout: input should be less than 1"),
@@ -190,6 +191,42 @@ def test_a_backend_asked_for_by_name_is_refused_when_it_cannot_do_it(monkeypatch
     assert load("attention.backend=sdpa_flash", "train.precision=bf16", run="").attention.backend == "sdpa_flash"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (7, 5))
     assert "bf16 needs compute capability 8.0, and this GPU has 7.5" in faults_of(lambda: load("train.precision=bf16", run=""))
+
+
+@pytest.mark.parametrize("settings, refusal", [
+    ("train.precision=fp16 zero.stage=0", "train.precision: DeepSpeed's stage 0 divides fp16 gradients by a loss scale"),
+    ("train.precision=fp16 zero.reduce_dtype=bf16", "zero.reduce_dtype: gradients of an fp16 run are summed in fp32"),
+    ("train.precision=fp16 train.bf16_states=true", "train.bf16_states: states are kept in bf16 where the model is, and train.precision is fp16; use bf16"),
+    ("train.precision=bf16 train.bf16_states=true zero.stage=0", "train.bf16_states: DeepSpeed's stage 0 knows fp32 states alone; use zero.stage: 1"),
+    ("zero.stage=0 zero.offload_optimizer=cpu", "zero.offload_optimizer: stage 0 keeps the optimizer where the model is; use zero.stage: 1, 2 or 3"),
+    ("zero.stage=2 zero.offload_parameters=cpu", "zero.offload_parameters: stage 2 keeps whole parameters on every GPU; use zero.stage: 3"),
+    ("train.activation_checkpointing=every_n", "train.checkpoint_every: every_n needs it"),
+    ("train.activation_checkpointing=every_n train.checkpoint_every=13", "train.checkpoint_every: 13 blocks are more than model.layers 12; lower it"),
+    ("train.activation_checkpointing=every_n train.checkpoint_every=1", "train.checkpoint_every: input should be greater than or equal to 2"),
+    ("train.activation_checkpointing=full train.checkpoint_every=2", "read by train.activation_checkpointing: every_n alone, and that is full"),
+    ("train.activation_checkpointing=selective attention.backend=eager", "attention.backend=eager has none that PyTorch sees; use attention.backend=triton or hopper"),
+    ("train.activation_checkpointing=selective attention.window=64", "attention.backend=tiled has none that PyTorch sees"),
+    ("train.activation_checkpointing=full train.keep_matmuls=true", "train.keep_matmuls: read by train.activation_checkpointing: selective alone"),
+    ("train.activation_checkpointing=deepspeed train.partition_activations=true", "over a tensor-parallel group, and there is none here; use false"),
+    ("train.activation_checkpointing=full train.partition_activations=classic", "classic goes with train.activation_checkpointing: deepspeed and"),
+    ("train.activation_checkpointing=deepspeed train.cpu_checkpointing=false train.partition_activations=classic", "classic goes with"),
+])  # fmt: skip
+def test_modes_that_do_not_go_together_are_refused_with_the_nearest_that_do(monkeypatch, load, settings, refusal):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    message = faults_of(lambda: load(*settings.split(), run=""))
+    assert refusal in message and ": 1 fault in" in message
+
+
+def test_deepspeeds_checkpointing_is_told_as_it_is(monkeypatch):
+    def notes(*overrides: str) -> str:
+        return "\n".join(load_config("configs/deepspeed-offload.yaml", overrides)[1])
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    for on_gpu, copies in ((False, "nothing is moved"), (True, "pinned memory of the CPU while the next block is computed")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda on_gpu=on_gpu: on_gpu)
+        assert "partitioned over 1 process" in notes() and "computation waits for each copy" in notes()
+        assert copies in notes("train.partition_activations=false")
+        assert ("DeepSpeed takes the same path as beside a GPU" in notes()) is not on_gpu
 
 
 def test_auto_is_resolved_once_with_its_reason(monkeypatch):

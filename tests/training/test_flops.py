@@ -20,8 +20,8 @@ def test_mfu_of_a_known_speed():
 
 
 def test_full_checkpointing_adds_one_forward_of_the_blocks():
-    plain = hardware_flops_per_token(**GPT2, recomputed_parameters=BLOCKS, activation_checkpointing="none")
-    full = hardware_flops_per_token(**GPT2, recomputed_parameters=BLOCKS, activation_checkpointing="full")
+    plain = hardware_flops_per_token(**GPT2, recomputed_parameters=0, recomputed_layers=0)
+    full = hardware_flops_per_token(**GPT2, recomputed_parameters=BLOCKS, recomputed_layers=12)
     assert plain == model_flops_per_token(**GPT2)
     # Blocks: 85,054,464 parameters twice, and a third of the attention term.
     assert full - plain == 2 * 85_054_464 + 113_246_208 // 3
@@ -38,7 +38,7 @@ def test_flops_fall_with_the_window():
     # 1,024 positions, 256 keys: 1024^2 - 768 * 769 = 457,984 pairs, 447.25 a token.
     fall = 12 * 768 * (1024 - 447.25)
     assert model_flops_per_token(**GPT2) - model_flops_per_token(**GPT2, window=256) == 12 * fall
-    full = {**GPT2, "recomputed_parameters": BLOCKS, "activation_checkpointing": "full"}
+    full = {**GPT2, "recomputed_parameters": BLOCKS, "recomputed_layers": 12}
     assert hardware_flops_per_token(**full) - hardware_flops_per_token(**full, window=256) == 16 * fall
 
 
@@ -64,7 +64,7 @@ def test_flops_fall_with_the_window():
     ],
 )
 def test_peak_by_device_name(name, bf16, fp32):
-    assert peak_flops(name, "bf16") == pytest.approx(bf16)
+    assert peak_flops(name, "bf16") == peak_flops(name, "fp16") == pytest.approx(bf16)
     assert peak_flops(name, "fp32") == pytest.approx(fp32)
 
 

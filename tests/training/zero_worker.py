@@ -3,23 +3,29 @@
 One launch for all of them: starting Python, torch and the process group costs more than the training.  ``test_zero.py`` reads the JSON.
 """
 
+import dataclasses
+import functools
 import itertools
 import json
 import sys
 from pathlib import Path
 from unittest import mock
 
+import cpuinfo
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from model.gpt import GPT, IGNORED_LABEL, hidden_layers, parameter_groups
 from training.batches import validation_batches
+from training.checkpoints import LoopState
 from training.config import Config, load_config
 from training.corpus import Corpus, write_corpus
 from training.distributed import UserFault, agree, end_process, join_process_group, together
 from training.engine import build_engine, deepspeed_config, train_step, unread_keys
 from training.evaluation import evaluate, sample_text
+from training.loss_scale import LossScale
 from training.schedule import learning_rate
 from training.tokenizers import load_tokenizer
 
@@ -31,6 +37,17 @@ TINY = [
 END_OF_TEXT = 256
 FEATURES = ["model.positions=alibi", "attention.window=20", "attention.document_mask=true"]
 LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.tied_embeddings=false"]
+
+
+CHECKPOINTING = {
+    "none": [], "full": [], "every_n": ["train.checkpoint_every=2"], "selective": [], "selective and matmuls": ["train.keep_matmuls=true"],
+    "deepspeed": [], "deepspeed classic": ["train.partition_activations=classic"],
+}  # fmt: skip
+OFFLOAD = {"none": [], "optimizer": ["zero.offload_optimizer=cpu"], "both": ["zero.offload_optimizer=cpu", "zero.offload_parameters=cpu"]}
+LINEAR = torch.nn.functional.linear
+
+cpuinfo.get_cpu_info = functools.lru_cache(cpuinfo.get_cpu_info)  # DeepSpeed's CPU Adam asks each time, which takes a second
+get_accelerator().is_fp16_supported = lambda: True  # on any CPU: not fast, but right
 
 
 def configure(*overrides: str) -> Config:
@@ -59,9 +76,10 @@ def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tupl
 
 def train(config: Config, ignored: bool = False, expected: dict[str, torch.Tensor] | None = None) -> dict:
     engine = build_engine(config, end_of_text=END_OF_TEXT)
+    scale = LossScale(config.train.initial_loss_scale) if config.train.precision == "fp16" else None
     results = []
     for step in range(STEPS):
-        results.append(train_step(engine, micro_batches(config, step, ignored), step, config))
+        results.append(train_step(engine, micro_batches(config, step, ignored), step, config, scale))
     found = {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
     if expected is not None:
         found["furthest"] = furthest(engine, expected)
@@ -123,13 +141,27 @@ def train_plainly(
 
 
 def grid() -> dict:
-    """backend x checkpointing x stage, and the other stages and precisions once each."""
-    cells = {}
-    for backend, checkpointing, stage in itertools.product(("eager", "tiled", "sdpa", "triton"), ("none", "full"), (2, 3)):
-        name = f"{backend}-{checkpointing}-stage{stage}"
-        cells[name] = train(configure(f"attention.backend={backend}", f"train.activation_checkpointing={checkpointing}", f"zero.stage={stage}"))
-    for stage in (0, 1):
-        cells[f"eager-none-stage{stage}"] = train(configure(f"zero.stage={stage}"))
+    """checkpointing x stage x offload, over which backends and accumulation take turns; each checkpointing with Triton's kernels; stage x offload
+    in bf16 and fp16, over which checkpointing takes turns.  By name, with the settings."""
+    cells, modes, turn = {}, list(CHECKPOINTING), itertools.count()
+    places = [(stage, offload) for stage, offload in itertools.product(range(4), OFFLOAD) if not (stage == 0 and offload != "none" or stage < 3 and offload == "both")]
+
+    def cell(precision: str, mode: str, stage: int, offload: str, backend: str, accumulation: int) -> None:
+        torch.nn.functional.linear = LINEAR  # DeepSpeed's stage 3 replaces it for good, also where the next cell asks for PyTorch's
+        settings = [f"train.precision={precision}", f"train.activation_checkpointing={mode.split()[0]}", f"zero.stage={stage}",
+                    f"attention.backend={backend}", f"train.gradient_accumulation_steps={accumulation}"]
+        cells[f"{precision}, {mode}, stage {stage}, {offload} offloaded, {backend}, {accumulation}"] = train(
+            configure(*settings, *CHECKPOINTING[mode], *OFFLOAD[offload]))
+
+    for mode, (stage, offload) in itertools.product(modes, places):
+        which = next(turn)
+        backend = "sdpa" if mode.startswith("selective") else ("eager", "tiled", "sdpa")[which % 3]
+        cell("fp32", mode, stage, offload, backend, (1, 2, 4)[which // 2 % 3])
+    for mode in modes:
+        cell("fp32", mode, 2 + next(turn) % 2, "none", "triton", 1)
+    for precision, (stage, offload) in itertools.product(("bf16", "fp16"), places):
+        if (precision, stage) != ("fp16", 0):  # refused
+            cell(precision, modes[next(turn) % len(modes)], stage, offload, "sdpa", 2)
     return cells
 
 
@@ -141,6 +173,18 @@ def muon() -> dict:
     stages["accumulated"] = train(configure(*settings, "train.gradient_accumulation_steps=2"), expected=expected)
     bf16 = ["train.precision=bf16", "attention.backend=sdpa"]
     return {"plain": plain, "fp32": stages, "bf16": {stage: train(configure(*settings, *bf16, f"zero.stage={stage}")) for stage in (0, 1, 3)}}
+
+
+def loss_scale_search() -> dict:
+    """fp16 from a scale that is far too large, and what the run counts."""
+    config = configure("train.precision=fp16", "train.initial_loss_scale=1e9", "train.steps=40")
+    engine, state = build_engine(config), LoopState(loss_scale=LossScale(config.train.initial_loss_scale))
+    results = []
+    while state.step < 3 or results[-1].overflow or results[-2].overflow:
+        results.append(train_step(engine, micro_batches(config, 0), 0, config, state.loss_scale))
+        state.count(results[-1])
+    engine.destroy()
+    return {"steps": [(r.loss, r.loss_scale, r.applied, r.overflow) for r in results], "state": dataclasses.asdict(state)}
 
 
 def initial_weights() -> dict:
@@ -212,14 +256,14 @@ def evaluation(folder: Path) -> dict:
     return {"found": found, "some": some, "nats": nats, "tokens": tokens, "bytes": text_bytes, "split_tokens": split.tokens, "samples": texts}
 
 
-def bf16_gradient_error(stage: int) -> float:
+def bf16_gradient_error(stage: int, *overrides: str) -> float:
     """Relative error of the gradient norm after many micro batches in bf16, whose sum must be kept in fp32.
 
     Every micro batch is the same, so that the accumulated gradient is that of one of them and only the addition can go wrong.
     """
     def grad_norm(accumulation: int) -> float:
         config = configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}", "train.global_batch_size=null",
-                           "train.micro_batch_size=1", f"train.gradient_accumulation_steps={accumulation}", "optimizer.grad_clip=0")
+                           "train.micro_batch_size=1", f"train.gradient_accumulation_steps={accumulation}", "optimizer.grad_clip=0", *overrides)
         engine = build_engine(config)
         tokens, labels = (x[:1] for x in global_batch(configure(), 0))
         result = train_step(engine, [(tokens, labels)] * accumulation, 0, config)
@@ -277,7 +321,8 @@ def main() -> None:
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
         "muon": muon(),
-        "bf16_gradient_error": {stage: bf16_gradient_error(stage) for stage in (1, 2, 3)},
+        "bf16_gradient_error": {f"{stage} {offload}": bf16_gradient_error(stage, *OFFLOAD[offload]) for stage in (1, 2, 3) for offload in ("none", "optimizer")},
+        "loss_scale_search": loss_scale_search(),
         "initial_weights": initial_weights(),
         "dropout": dropout_differs(),
         "evaluation": evaluation(out.parent / "corpus"),
