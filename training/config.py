@@ -347,7 +347,7 @@ def _resolve(
         faults.append(({"train"}, "train.global_batch_size", batch_fault))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
-    notes += _mode_notes(config)
+    notes += _mode_notes(config, on_gpu=assumed_gpu is not None or torch.cuda.is_available())
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
@@ -366,10 +366,9 @@ def _resolve_decay(optimizer: OptimizerSection, steps: int) -> OptimizerSection:
     return optimizer.model_copy(update={"decay_steps": max(1, min(math.ceil(steps / 5), steps - optimizer.warmup_steps))})
 
 
-def _mode_notes(config: Config) -> list[str]:
+def _mode_notes(config: Config, *, on_gpu: bool) -> list[str]:
     """What DeepSpeed makes of what was asked for, where its name would make one expect otherwise."""
     train, zero, notes = config.train, config.zero, []
-    on_gpu = torch.cuda.is_available()
     if train.activation_checkpointing == "deepspeed" and train.partition_activations == "classic":
         notes.append("train.partition_activations: classic -> block inputs are partitioned over 1 process: each keeps the whole of its own, and saves no memory "
                      "by it; they are copied to the CPU and back one by one, and computation waits for each copy")
