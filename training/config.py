@@ -327,7 +327,7 @@ def _resolve(config: Config, run_name: str, group: str, world_size: int) -> tupl
         what = f"{optimizer.warmup_steps} steps of warm-up do not fit into train.steps {config.train.steps}; lower it"
         faults.append(({"optimizer", "train"}, "optimizer.warmup_steps", what))
     if (config.data.corpus is None) == (config.data.mixture is None):
-        what = "both name corpora; make one of them null" if config.data.corpus else "both are null; name a folder in data.corpus, or several in data.mixture"
+        what = "both name corpora; make one of them null" if config.data.mixture else "are both null; name a folder in data.corpus, or several in data.mixture"
         faults.append(({"data"}, "data.mixture", f"data.corpus and data.mixture {what}"))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
