@@ -96,7 +96,7 @@ ROWS = (
         "data.corpus and data.mixture both name corpora",
         "make one of them null",
         example=("data.mixture={data/shakespeare-gpt2: 1.0}",), instead=("data.corpus=null",)),
-    Row(("data.corpus", "data.mixture"),
+    Row(("data.mixture", "data.corpus"),
         lambda c: c.data.corpus is None and c.data.mixture is None,
         "data.corpus and data.mixture are both null",
         "name a folder in data.corpus, or several in data.mixture",

@@ -370,7 +370,10 @@ class Corpus:
         """The tokenizer that made the ids: the one kept with them, or the one of that name that is installed. Raises ValueError."""
         if TOKENIZER_FILE in self._file_sha256:
             definition = (self.folder / TOKENIZER_FILE).read_bytes()
-            return HuggingFaceTokenizer(self.tokenizer_name, definition, self.manifest["tokenizer"]["end_of_text"])
+            try:
+                return HuggingFaceTokenizer(self.tokenizer_name, definition, self.manifest["tokenizer"]["end_of_text"])
+            except ValueError as error:
+                raise self._damaged(TOKENIZER_FILE, str(error)) from None
         return load_tokenizer(self.tokenizer_name)
 
     def split(self, name: str) -> TokenSplit:

@@ -133,7 +133,7 @@ class HubDataset:
 
     @classmethod
     def parse(cls, source: str) -> "HubDataset":
-        """`hf:NAME[@REVISION][:CONFIG[:SPLIT]]`; a folder stands for itself, and a model's config for its default where it is left empty."""
+        """`hf:NAME[@REVISION][:CONFIG[:SPLIT]]`: NAME may be a folder, an empty CONFIG is the default one, SPLIT is train where it is left out."""
         name, _, rest = source.removeprefix(HUB_PREFIX).partition(":")
         config, _, split = rest.partition(":")
         name, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
@@ -160,15 +160,15 @@ class HubDataset:
     def open(self):
         """An IterableDataset, which streams. Raises ValueError for whatever stands against it."""
         datasets = _import_datasets()
-        datasets.disable_progress_bars()
         try:
             return datasets.load_dataset(self.name, self.config, split=self.split, revision=self.revision, streaming=True)
         except Exception as error:
             raise self._fault(error) from None
 
     def _fault(self, error: Exception) -> ValueError:
-        return ValueError(f"--source {self}: {' '.join(str(error).split()) or type(error).__name__} (a private or gated data set needs the environment "
-                          "variable HF_TOKEN; without a network, give hf:FOLDER, or its jsonl or Parquet files)")
+        about = "" if isinstance(error, ValueError) else (" (a private or gated data set needs the environment variable HF_TOKEN; without a network, give "
+                                                          "hf:FOLDER, or its jsonl or Parquet files)")
+        return ValueError(f"--source {self}: {' '.join(str(error).split()) or type(error).__name__}{about}")
 
 
 def _import_datasets():
@@ -176,6 +176,8 @@ def _import_datasets():
         import datasets
     except ModuleNotFoundError:
         raise ValueError("a source hf:... needs the package datasets: python -m pip install -r requirements-data.txt") from None
+    datasets.config.TORCH_AVAILABLE = False  # every process would import torch, only to see that it is no DataLoader's worker
+    datasets.disable_progress_bars()
     return datasets
 
 

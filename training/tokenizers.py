@@ -200,7 +200,7 @@ class HuggingFaceTokenizer(Tokenizer):
         index = cls._read(name, files["tokenizer.json"]).token_to_id(end_of_text)
         if index is None:
             raise ValueError(f"tokenizer {name!r} has no token {end_of_text!r} to end a text with; give another: --end-of-text TOKEN")
-        return cls(name, files["tokenizer.json"], index)
+        return cls(Path(name).resolve().name if Path(name).is_dir() else name, files["tokenizer.json"], index)
 
     @classmethod
     def _fetch(cls, name: str) -> dict[str, bytes | None]:

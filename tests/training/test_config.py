@@ -50,7 +50,7 @@ def test_shipped_configurations_load_and_have_the_parameters_their_comment_says(
 def test_the_shipped_configurations_are_all_there():
     assert {
         "base", "quickstart", "gpt2-124m", "gpt2-124m-documents", "gpt2-355m", "gpt2-774m", "gpt-1.3b", "gpt-2.7b", "gpt-6.7b", "llama-160m", "llama-1b", "llama-7b",
-        "deepspeed-offload",
+        "deepspeed-offload", "fineweb-124m",
     } <= {path.stem for path in CONFIGS}
 
 
@@ -243,6 +243,7 @@ def test_a_run_is_named_by_its_file_and_what_the_command_line_changes_in_the_cur
     assert name() == name("tracking.wandb=disabled", "checkpoint.every=10", "run.output_dir=elsewhere", "eval.every=5") == "gpt2-124m"
     assert name("attention.backend=sdpa", "run.seed=2") == "gpt2-124m,backend=sdpa,seed=2"
     assert name("data.corpus=/somewhere/else/corpus", "run.seed=1", "run.seed=3") == "gpt2-124m,corpus=corpus,seed=3"
+    assert name("data.mixture={data/a: 1}", "data.mixture.data/b=2", "data.corpus=null") == "gpt2-124m,mixture=a1,b=2,corpus=null"
     assert name("run.seed=2", "run.name=mine") == "mine"
     assert name("model.dropout=0.1", "attention.window=8") == "gpt2-124m,model.dropout=0.1,window=8", "two keys are called dropout"
     long = [f"data.corpus={'x' * 150}{end}" for end in "ab"]
@@ -287,3 +288,24 @@ def test_a_configuration_can_be_resolved_for_a_gpu_that_is_not_there(monkeypatch
     config, _ = load_config("configs/gpt2-124m.yaml", ["attention.backend=sdpa_flash"], assumed_gpu=(9, 0))
     assert config.attention.backend == "sdpa_flash"
     assert "bf16 needs compute capability 8.0" in faults_of(lambda: load_config("configs/gpt2-124m.yaml", assumed_gpu=(7, 5)))
+
+
+def test_one_corpus_or_a_mixture_of_them(load):
+    assert load(run="data: {corpus: data/a}").data.weights() == {"data/a": 1.0}
+    mixed = load(run="data: {corpus: null, mixture: {data/a-v1.5: 0.7, data/b: 3}}").data
+    assert mixed.weights() == {"data/a-v1.5": 0.7, "data/b": 3.0}
+    assert load("data.mixture.data/b=1", run="data: {corpus: null, mixture: {data/a: 0.7, data/b: 3}}").data.weights() == {"data/a": 0.7, "data/b": 1.0}
+    load(run="base: other.yaml\ndata: {corpus: null, mixture: {data/a: 1}}", other="data: {corpus: data/c}")
+
+
+@pytest.mark.parametrize("data, message", [
+    ("{mixture: {data/a: 1}}", "data.mixture: data.corpus and data.mixture both name corpora; make one of them null"),
+    ("{corpus: null}", "data.mixture: data.corpus and data.mixture are both null; name a folder in data.corpus, or several in data.mixture"),
+    ("{corpus: null, mixture: {data/a: 0}}", "run.yaml:1: data.mixture.data/a: input should be greater than 0, not 0"),
+    ("{corpus: null, mixture: {data/a: much}}", "run.yaml:1: data.mixture.data/a: input should be a valid number, not 'much'"),
+    ("{corpus: null, mixture: {}}", "data.mixture: dictionary should have at least 1 item"),
+    ("{corpus: null, mixture: [data/a, data/b]}", "data.mixture: input should be a valid dictionary"),
+])
+def test_what_is_no_mixture_is_refused(load, data, message):
+    found = faults_of(lambda: load(run=f"data: {data}"))
+    assert message in found and "1 fault" in found

@@ -1,8 +1,18 @@
 import importlib.metadata
+import json
+import os
+import pickle
+import re
+import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
+import tokenizers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from training.corpus import CorpusError, write_corpus
 from training.tokenizers import TOKENIZER_NAMES, GPT2Tokenizer, load_tokenizer
 
 ODD_TEXTS = [
@@ -118,3 +128,156 @@ def test_altered_gpt2_files_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Altered())
     with pytest.raises(ValueError, match="encoder.json: not GPT-2's file"):
         load_tokenizer("gpt2")
+
+
+# ---------------------------------------------------------------- Hugging Face's
+
+TRAINING_TEXT = ["the quick brown fox jumps over the lazy dog. " * 5, "naïve café, 東京 and more; don't panic! 0123456789\n\n\tabc"]
+
+
+def save(folder, tokenizer, **config):
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def byte_level(prefix=False):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=prefix)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<pad>", "<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(TRAINING_TEXT, trainer)
+    tokenizer.add_tokens(["    "])  # an ordinary token that is added: texts may hold it
+    return tokenizer
+
+
+def sentencepiece():
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "▁q", "u", "t", "h", "e", "ck"]
+    tokenizer = tokenizers.Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    parent = tmp_path_factory.mktemp("tokenizers")
+    fussy = byte_level()
+    fussy.enable_truncation(5)
+    fussy.enable_padding(length=64, pad_id=0, pad_token="<pad>")
+    fussy.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 1)])
+    return {
+        "byte-level": save(parent / "byte-level", fussy, eos_token="<|endoftext|>"),
+        "sentencepiece": save(parent / "sentencepiece", sentencepiece(), eos_token={"content": "</s>", "lstrip": False}),
+    }
+
+
+@pytest.fixture(params=["byte-level", "sentencepiece"])
+def hugging_face(folders, request):
+    return load_tokenizer(folders[request.param])
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_a_hugging_face_tokenizer_keeps_texts_whole_and_counts_their_bytes(hugging_face, text):
+    ids = hugging_face.encode(text)
+    assert ids.dtype == np.int64 and hugging_face.end_of_text not in ids
+    assert hugging_face.decode(ids) == text
+    assert hugging_face.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_a_hugging_face_tokenizer_ends_texts_as_its_config_says(folders):
+    for name, token in (("byte-level", "<|endoftext|>"), ("sentencepiece", "</s>")):
+        tokenizer = load_tokenizer(folders[name])
+        assert tokenizer._tokenizer.id_to_token(tokenizer.end_of_text) == token and tokenizer.token_bytes()[tokenizer.end_of_text] == 0
+        ids = tokenizer.encode(f"the{token}quick")
+        assert tokenizer.end_of_text not in ids and tokenizer.decode([*ids, tokenizer.end_of_text]) == f"the{token}quick"
+    assert load_tokenizer(folders["byte-level"], "<pad>").end_of_text == 0
+    assert load_tokenizer(folders["byte-level"], "<pad>").sha256 != load_tokenizer(folders["byte-level"]).sha256
+
+
+def test_a_pickled_tokenizer_is_the_same(hugging_face, gpt2):
+    for tokenizer in (hugging_face, gpt2):
+        other = pickle.loads(pickle.dumps(tokenizer))
+        text = "the</s>quick<|endoftext|> brown" + ODD_TEXTS[3]
+        np.testing.assert_array_equal(other.encode(text), tokenizer.encode(text))
+        assert (other.sha256, other.end_of_text, other.name) == (tokenizer.sha256, tokenizer.end_of_text, tokenizer.name)
+
+
+def test_a_tokenizer_that_changes_texts_counts_what_it_makes_of_them(tmp_path):
+    words = tokenizers.Tokenizer(models.WordPiece({token: index for index, token in enumerate(["[UNK]", "[SEP]", "the", "quick", "##ly"])}, unk_token="[UNK]"))
+    words.normalizer, words.pre_tokenizer, words.decoder = normalizers.Lowercase(), pre_tokenizers.Whitespace(), decoders.WordPiece()
+    words.add_special_tokens(["[UNK]", "[SEP]"])
+    tokenizer = load_tokenizer(save(tmp_path / "words", words), "[SEP]")
+    assert tokenizer.encode("The  Quickly").tolist() == [2, 3, 4]
+    assert tokenizer.token_bytes().tolist() == [0, 0, len(" the"), len(" quick"), len("ly")]
+
+
+@pytest.mark.parametrize("files, arguments, message", [
+    ({}, (), "has no tokenizer.json; where transformers reads it"),
+    ({"tokenizer.json": "{}"}, ("x",), "its tokenizer.json is none that the library tokenizers reads"),
+    ({"tokenizer.json": None}, (), "names an eos_token; give the token that ends a text: --end-of-text TOKEN"),
+    ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<eos>"}'}, (), "has no token '<eos>' to end a text with"),
+    ({"tokenizer.json": None}, ("<none>",), "has no token '<none>' to end a text with"),
+])
+def test_a_folder_that_is_no_tokenizer_is_told(tmp_path, files, arguments, message):
+    folder = save(tmp_path / "folder", byte_level())
+    for name in os.listdir(folder):
+        if name not in files:
+            os.remove(os.path.join(folder, name))
+    for name, content in files.items():
+        if content is not None:
+            (tmp_path / "folder" / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_tokenizer(folder, *arguments)
+
+
+def test_a_model_of_the_hub_is_fetched_at_its_revision(folders, monkeypatch, tmp_path):
+    asked = []
+
+    def download(model, file, *, revision):
+        asked.append((model, file, revision))
+        return os.path.join(folders["byte-level"], file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    tokenizer = load_tokenizer("some/model@v1.0")
+    assert tokenizer.name == "some/model@v1.0" and tokenizer.sha256 == load_tokenizer(folders["byte-level"]).sha256
+    assert asked == [("some/model", "tokenizer.json", "v1.0"), ("some/model", "tokenizer_config.json", "v1.0")]
+
+
+@pytest.mark.parametrize("error, message", [
+    (LocalEntryNotFoundError("no network"), "no such folder, and the Hugging Face Hub could not be reached"),
+    (OSError("401 Unauthorized"), r"no such folder, and not to be had from the Hugging Face Hub: 401 Unauthorized .*HF_TOKEN"),
+])
+def test_a_model_that_cannot_be_fetched_is_told(monkeypatch, error, message):
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(ValueError, match=f"tokenizer 'some/model': {message}"):
+        load_tokenizer("some/model")
+
+
+def test_a_corpus_keeps_the_tokenizer_that_made_it(folders, tmp_path):
+    tokenizer = load_tokenizer(folders["byte-level"])
+    corpus = write_corpus(tmp_path / "corpus", tokenizer=tokenizer, splits={"train": ODD_TEXTS, "validation": ODD_TEXTS[3:]}, provenance={})
+    corpus.verify()
+    corpus.check_fits(model_vocab_size=512, sequence_length=8)
+    kept = corpus.load_tokenizer()
+    assert (kept.name, kept.sha256, kept.end_of_text) == (tokenizer.name, tokenizer.sha256, tokenizer.end_of_text)
+    window = corpus.split("validation").window(0, corpus.split("validation").tokens - 1)
+    assert kept.decode(window) == "".join(ODD_TEXTS[3:])
+    shutil.copytree(folders["byte-level"], tmp_path / "elsewhere" / "byte-level")
+    moved = load_tokenizer(str(tmp_path / "elsewhere" / "byte-level"))
+    assert write_corpus(tmp_path / "again", tokenizer=moved, splits={"train": ODD_TEXTS, "validation": ODD_TEXTS[3:]}, provenance={}).sha256 == corpus.sha256
+    definition = corpus.folder / "tokenizer.json"
+    definition.write_bytes(definition.read_bytes().replace(b"the", b"eht", 1))
+    with pytest.raises(CorpusError, match="tokenizer.json: altered since it was prepared"):
+        corpus.verify()
+    with pytest.raises(CorpusError, match="corpus/tokenizer.json: .* none that the library tokenizers reads.*; prepare the corpus again"):
+        corpus.check_fits(model_vocab_size=512, sequence_length=8)
+    definition.write_bytes(byte_level(prefix=True).to_str().encode())
+    with pytest.raises(CorpusError, match="made with another tokenizer"):
+        corpus.check_fits(model_vocab_size=512, sequence_length=8)
