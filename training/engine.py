@@ -50,8 +50,8 @@ def deepspeed_config(config: Config) -> dict:
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
-            "offload_optimizer": {"device": zero.offload_optimizer},
-            "offload_param": {"device": zero.offload_parameters},
+            **({"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer == "cpu" else {}),
+            **({"offload_param": {"device": "cpu"}} if zero.offload_parameters == "cpu" else {}),
             # DeepSpeed's linear layer for stage 3 adds the bias in place, to a product that keep_matmuls would keep without it.
             "memory_efficient_linear": not config.train.keep_matmuls,
         },
