@@ -73,6 +73,6 @@ class _Policy:
         self.kept_attention = False
 
     def __call__(self, context, operation, *args, **kwargs) -> CheckpointPolicy:
-        name = operation._schema.name
+        name = operation.name()
         self.kept_attention |= name in self.attention
         return CheckpointPolicy.MUST_SAVE if name in self.kept else CheckpointPolicy.PREFER_RECOMPUTE

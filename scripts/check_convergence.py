@@ -231,6 +231,8 @@ def checked_config(overrides: list[str], processes: int, gpus: int) -> Config:
         found = f"torch sees {gpus} GPU{'s' * (gpus > 1)}"
         raise Refused(f"--processes {processes}: {found}; ask for fewer, or check on the CPU: CUDA_VISIBLE_DEVICES=")
     config, _ = load_config(ROOT / CONFIG, overrides, world_size=processes)
+    if config.train.precision not in MARGIN:
+        raise Refused(f"train.precision={config.train.precision}: bounds were set for {' and '.join(MARGIN)}; check one of those")
     return config
 
 

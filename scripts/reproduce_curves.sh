@@ -3,10 +3,11 @@
 # three seeds of gpt2-124m beside one run of every other backend, with compare_runs.py's verdict; and packed documents of 8192 tokens with
 # document masks on two kernels that skip what they hide, beside the same run without the mask, where there is nothing to skip.
 #
-#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents]
+#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents] [modes]
 #
-# Without arguments every part, in that order; about 30 minutes on two H200s.  Runs go to runs/curves, runs/seeds and runs/documents, the
-# tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out "two"; "large" takes every GPU.
+# Without arguments every part but modes (checkpointing, offload, precisions), in that order; about 30 minutes on two H200s.  Runs go to
+# runs/curves, runs/seeds and so on, the tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out "two";
+# "large" takes every GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=runs/curves
@@ -78,6 +79,17 @@ documents() {
     short gpt2-124m-documents 4 "triton attention.backend=triton" "flex attention.backend=flex" \
         "triton-unmasked attention.backend=triton attention.document_mask=false"
     python3 scripts/compare_runs.py "$runs"/* --json docs/results/documents.json --png docs/results/documents.png
+}
+
+modes() { # 150 steps each: what memory and speed the modes cost, what the precisions; the last is the classic recipe
+    local runs=runs/modes
+    short gpt2-355m 8 "none" "full train.activation_checkpointing=full" "every_2 train.activation_checkpointing=every_n train.checkpoint_every=2" \
+        "selective train.activation_checkpointing=selective" "matmuls train.activation_checkpointing=selective train.keep_matmuls=true" \
+        "deepspeed train.activation_checkpointing=deepspeed" "stage-1 zero.stage=1" "stage-2 zero.stage=2" \
+        "offload-optimizer zero.offload_optimizer=cpu" "offload-both zero.offload_optimizer=cpu zero.offload_parameters=cpu"
+    short gpt2-124m 32 "bf16" "fp16 train.precision=fp16" "fp32 train.precision=fp32" "bf16-states train.bf16_states=true"
+    short deepspeed-offload 8 "classic"
+    python3 scripts/compare_runs.py "$runs"/* --json docs/results/modes.json --png docs/results/modes.png
 }
 
 for part in "${@:-data one two large summary seeds documents}"; do

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import train
-from training.distributed import _load_op, free_port
+from training.distributed import free_port, load_op
 
-_load_op("ShareMemCommBuilder")  # once for all
+load_op("ShareMemCommBuilder")  # once for all
 
 
 class ForkedRun:

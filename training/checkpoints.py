@@ -302,7 +302,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Config, *, scratch: Path) -> None:
     """Put a checkpoint's parameters, optimizer states and random generators into a fresh engine; call it on every rank.
 
-    A checkpoint of another number of ranks, ZeRO stage or precision is converted first, into ``scratch``; its random generators
+    A checkpoint of another number of ranks, ZeRO stage, precision or place of the optimizer is converted first, into ``scratch``; its random generators
     cannot be shared out anew, so each rank's are then seeded from the run's seed and the step.
 
     Raises:

@@ -80,7 +80,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _load_op(name: str) -> None:
+def load_op(name: str) -> None:
     """Load one of DeepSpeed's C++ extensions, compiled at its first use on a machine.
 
     torch marks a compilation by a file, which outlives a process that is killed then and makes every later start wait for it without end.
@@ -107,7 +107,7 @@ def join_process_group() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before the first collective, which takes the current device
     else:
-        _load_op("ShareMemCommBuilder")  # init_distributed needs it on CPUs
+        load_op("ShareMemCommBuilder")  # init_distributed needs it on CPUs
     deepspeed.init_distributed(verbose=False)
     if not torch.cuda.is_available():
         _unlink_shared_buffer()

@@ -18,7 +18,7 @@ from torch.utils import cpp_extension
 from model.checkpointing import Checkpointing
 from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
 from training.config import Config, OptimizerSection
-from training.distributed import UserFault
+from training.distributed import UserFault, load_op
 from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
 from training.schedule import learning_rate
@@ -51,8 +51,8 @@ def deepspeed_config(config: Config) -> dict:
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
-            "offload_optimizer": {"device": zero.offload_optimizer},
-            "offload_param": {"device": zero.offload_parameters},
+            **({"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer == "cpu" else {}),
+            **({"offload_param": {"device": "cpu"}} if zero.offload_parameters == "cpu" else {}),
             # DeepSpeed's linear layer for stage 3 adds the bias in place, to a product that keep_matmuls would keep without it.
             "memory_efficient_linear": not config.train.keep_matmuls,
         },
@@ -90,7 +90,7 @@ def check_machine(config: Config) -> str | None:
     if shutil.which(compiler) is None:
         raise UserFault(f"zero.offload_optimizer=cpu: DeepSpeed's CPU Adam has to be compiled, and there is no C++ compiler ({compiler}); "
                         "install one (apt-get install g++), or use zero.offload_optimizer=none")
-    return f"zero.offload_optimizer: cpu -> DeepSpeed's CPU Adam is compiled into {built.parent}, once on this machine: one to two minutes"
+    return f"zero.offload_optimizer: cpu -> DeepSpeed's CPU Adam is compiled into {built.parent}, once on this machine: about 100 s of one core"
 
 
 def _is_plain(config: Config) -> bool:
@@ -164,6 +164,7 @@ def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optim
     muon, fused = config.optimizer.name == "muon", torch.cuda.is_available()
     groups = [named | own for named, own in zip(parameter_groups(model, hidden_apart=muon), group_settings(config.optimizer), strict=True)]
     if config.zero.offload_optimizer == "cpu":
+        load_op("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, lr=0.0, fp32_optimizer_states=not config.train.bf16_states)
     if not muon:
         return torch.optim.AdamW(groups, lr=0.0, fused=fused)

@@ -154,6 +154,7 @@ def test_a_setting_newer_than_the_reference_counts_as_its_default():
     (["optimizer.lrr=3"], "nearest valid one is optimizer.lr"),
     (["run.output_dir=here"], "into a temporary folder; leave the override out"),
     (["--processes", "3"], "do not multiply out"),
+    (["train.precision=fp16"], "bounds were set for fp32 and bf16"),
     (["data.corpus=nowhere"], "no such folder; prepare the corpus"),
 ])
 def test_mistakes_are_told_before_anything_starts(arguments, expected, no_launch, monkeypatch, capsys):

@@ -53,3 +53,13 @@ def test_short_runs_are_spread_over_the_gpus(tmp_path, part, gpus, runs):
         assert config.train.steps == 150 and config.run.output_dir == f"runs/{part}"
         assert config.train.micro_batch_size * config.model.sequence_length == 32 * 1024
         assert config.attention.document_mask == (part == "documents" and config.run.name != "triton-unmasked")
+
+
+def test_the_runs_of_modes_are_configurations_that_load(tmp_path):
+    *trained, compared = (line.split() for line in reproduce(tmp_path, "modes"))
+    names = set()
+    for words in trained:
+        file, *overrides = words[words.index("--config") + 1 :]
+        # Without a GPU attention is that of the CPU, which selective checkpointing knows too.
+        names.add(load_config(ROOT / file, overrides)[0].run.name)
+    assert len(names) == len(trained) == 15 and "docs/results/modes.json" in compared

@@ -9,7 +9,7 @@ def test_the_compilation_of_cpu_adam_is_announced_with_its_time(monkeypatch, tmp
     config, _ = load_config("configs/base.yaml", ["zero.offload_optimizer=cpu"])
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     announced = check_machine(config)
-    assert "DeepSpeed's CPU Adam is compiled into" in announced and str(tmp_path) in announced and "one to two minutes" in announced
+    assert "DeepSpeed's CPU Adam is compiled into" in announced and str(tmp_path) in announced and "about 100 s" in announced
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserFault, match=r"there is no C\+\+ compiler \(no-such-compiler\); install one .* or use zero.offload_optimizer=none"):
         check_machine(config)

@@ -138,3 +138,18 @@ def test_what_fails_on_one_rank_is_raised_on_all(seen):
 
 def test_deepspeed_reads_every_key_it_is_given(seen):
     assert seen["deepspeed_keys"] == {"ours": [], "foreign": ["bogus", "enabled"]}
+
+
+@pytest.mark.gpu
+def test_checkpointing_and_offload_on_a_gpu(tmp_path):
+    """The same losses in every mode; block inputs that wait on the CPU, and whatever else is computed again, leave the GPU's memory."""
+    out = tmp_path / "seen.json"
+    done = deepspeed_run("tests/training/zero_worker.py", out, processes=1, gpus=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cells = json.loads(out.read_text())
+    assert len(cells) == 7 * 2 * 2
+    for name, cell in cells.items():
+        assert_same_training(cell, cells["none, none, bf16"], relative=2e-3, name=name)
+    used = {mode: cells[f"{mode}, none, bf16"]["bytes"] for mode in ("none", "every_n", "selective and matmuls", "selective", "full", "deepspeed")}
+    assert used["full"] < used["every_n"] < used["none"] and used["full"] < used["selective"] < used["selective and matmuls"] < used["none"], used
+    assert used["deepspeed"] < used["full"], used

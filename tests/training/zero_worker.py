@@ -175,6 +175,19 @@ def muon() -> dict:
     return {"plain": plain, "fp32": stages, "bf16": {stage: train(configure(*settings, *bf16, f"zero.stage={stage}")) for stage in (0, 1, 3)}}
 
 
+def on_a_gpu() -> dict:
+    """Losses and peak memory of each checkpointing mode, with offload and without, in bf16 and fp16, in a model whose activations count."""
+    cells = {}
+    big = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
+    for mode, parameters in itertools.product(CHECKPOINTING, ("none", "cpu")):
+        for precision in ("bf16", "fp16"):
+            torch.nn.functional.linear = LINEAR
+            torch.cuda.reset_peak_memory_stats()
+            settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.offload_parameters={parameters}"]
+            cells[f"{mode}, {parameters}, {precision}"] = {**train(configure(*big, *settings, *CHECKPOINTING[mode])), "bytes": torch.cuda.max_memory_allocated()}
+    return cells
+
+
 def loss_scale_search() -> dict:
     """fp16 from a scale that is far too large, and what the run counts."""
     config = configure("train.precision=fp16", "train.initial_loss_scale=1e9", "train.steps=40")
@@ -307,7 +320,7 @@ def deepspeed_keys() -> dict:
 def main() -> None:
     out = Path(sys.argv[-1])  # the launcher puts --local_rank first
     join_process_group()
-    seen = {
+    seen = on_a_gpu() if torch.cuda.is_available() else {
         "grid": grid(),
         "plain": train_plainly(configure()),
         "plain_llama": train_plainly(configure(*LLAMA)),
