@@ -68,7 +68,7 @@ def test_muon_trains_as_torchs_muon_and_adamw_do_on_one_process(seen):
         assert_same_training(run, muon["plain"])
         assert run["furthest"] < 2e-5
     assert_same_training(muon["bf16"]["1"], muon["bf16"]["3"])
-    for run in muon["bf16"].values():
+    for run in (*muon["bf16"].values(), muon["bf16_states"]):
         assert_same_training(run, muon["plain"], relative=5e-3)
     assert muon["plain"]["losses"][1] != pytest.approx(seen["plain_llama"]["losses"][1], rel=1e-4), "not AdamW's"
 

@@ -172,7 +172,8 @@ def muon() -> dict:
     stages = {stage: train(configure(*settings, f"zero.stage={stage}"), expected=expected) for stage in range(4)}
     stages["accumulated"] = train(configure(*settings, "train.gradient_accumulation_steps=2"), expected=expected)
     bf16 = ["train.precision=bf16", "attention.backend=sdpa"]
-    return {"plain": plain, "fp32": stages, "bf16": {stage: train(configure(*settings, *bf16, f"zero.stage={stage}")) for stage in (0, 1, 3)}}
+    in_bf16 = {stage: train(configure(*settings, *bf16, f"zero.stage={stage}")) for stage in (0, 1, 3)}
+    return {"plain": plain, "fp32": stages, "bf16": in_bf16, "bf16_states": train(configure(*settings, *bf16, "train.bf16_states=true"))}
 
 
 def on_a_gpu() -> dict:
