@@ -85,13 +85,16 @@ def test_other_versions_of_triton(tmp_path, triton):
 
 
 def cases(arch: str) -> list[str]:
-    """Every row of the half-precision table (that of 16 is that of 64), plain and with every feature at once, which is the most that a
-    kernel can need; and tails with a head_dim that is no power of two. sm_100 shares sm_90's tiles: a few, to see that they compile there.
+    """Every row of the half-precision table (that of 16 is that of 64), and tails with a head_dim that is no power of two; and with every
+    feature at once, which is the most that a kernel can need, all of Hopper's rows and those that others replace for it.
+
+    sm_100 shares sm_90's tiles: a few, to see that they compile there.
     """
-    if arch == "sm_100":
-        return [f"{arch},bfloat16,64,causal,odd,{EVERY_FEATURE}", *(f"{arch},bfloat16,{head_dim},causal,even" for head_dim in (64, 256))]
-    rows = [f"{arch},bfloat16,{head_dim},causal,{rest}" for head_dim in (64, 128, 256) for rest in ("even", f"odd,{EVERY_FEATURE}")]
-    return [*rows, f"{arch},float16,80,full,odd"]
+    featured = {"sm_80": (128,), "sm_86": (64,), "sm_90": (64, 128, 256), "sm_100": (64,)}[arch]
+    plain = (64, 256) if arch == "sm_100" else (64, 128, 256)
+    rows = [f"{arch},bfloat16,{head_dim},causal,even" for head_dim in plain]
+    rows += [f"{arch},bfloat16,{head_dim},causal,odd,{EVERY_FEATURE}" for head_dim in featured]
+    return rows if arch == "sm_100" else [*rows, f"{arch},float16,80,full,odd"]
 
 
 # Bytes of local memory a thread that ptxas may use, whose spills lie outside the loops or are rare there; and where it is more, why.
