@@ -128,7 +128,7 @@ def unread_keys(generated: dict) -> set[str]:
 
 
 def build_engine(config: Config, *, end_of_text: int | None = None, load_universal: bool = False) -> deepspeed.DeepSpeedEngine:
-    """Model, AdamW and DeepSpeed engine for a resolved configuration; call it on every rank.
+    """Model, optimizer and DeepSpeed engine for a resolved configuration; call it on every rank.
 
     Args:
         end_of_text: the tokenizer's; needed with attention.document_mask.
