@@ -30,7 +30,7 @@ SPLITS = ("train", "validation")
 SHARD_TOKENS = 100_000_000
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-_BATCH_CHARACTERS = 16 << 20  # text tokenized at once: enough to keep every core busy, little enough to hold in memory
+_BATCH_CHARACTERS = 4 << 20  # text tokenized at once: enough to keep every core busy, little enough to hold in memory
 
 
 class CorpusError(ValueError):

@@ -247,26 +247,21 @@ def _prepare_in_processes(job: _Job, parts: list[Part], missing: list[int], proc
             raise
 
 
-class _Stopped(Exception):
-    """Another process failed, or the first was interrupted."""
-
-
 def _start_worker(job: _Job, counter, stop, threads: int) -> None:
     global _job, _report
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the library tokenizers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
 
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+    def end_when_told() -> None:  # or alone in the world; what is unfinished is begun again by the next start
+        while not stop.wait(_POLL_SECONDS) and multiprocessing.parent_process().is_alive():
+            pass
         os._exit(1)
 
     def report(text_bytes: int) -> None:
-        if stop.is_set():
-            raise _Stopped
         with counter.get_lock():
             counter.value += text_bytes
 
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=end_when_told, daemon=True).start()
     _job, _report = job, report
 
 
