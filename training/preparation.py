@@ -228,45 +228,45 @@ def _prepare_parts(job: _Job, parts: list[Part], processes: int) -> None:
 
 def _prepare_in_processes(job: _Job, parts: list[Part], missing: list[int], processes: int, progress: "_Progress") -> None:
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of the libraries in a state they do not survive
-    counter, stop = context.Value("q", 0), context.Event()
+    # Without locks, which a killed process would never give back: each part's bytes are counted by one process alone.
+    counts, stop = context.RawArray("q", len(parts)), context.RawValue("b", 0)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    with ProcessPoolExecutor(processes, context, _start_worker, (job, counter, stop, threads)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (job, counts, stop, threads)) as pool:
         waiting = {pool.submit(_work, number, parts[number]) for number in missing}
         told = 0
         try:
             while waiting:
                 ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
-                progress.add(counter.value - told)
-                told = counter.value
+                progress.add((read := sum(counts)) - told)
+                told = read
                 for future in ended:
                     future.result()
                     progress.finish_part()
         except BaseException:
-            stop.set()
+            stop.value = 1
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _start_worker(job: _Job, counter, stop, threads: int) -> None:
-    global _job, _report
+def _start_worker(job: _Job, counts, stop, threads: int) -> None:
+    global _job, _counts
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the library tokenizers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
 
     def end_when_told() -> None:  # or alone in the world; what is unfinished is begun again by the next start
-        while not stop.wait(_POLL_SECONDS) and multiprocessing.parent_process().is_alive():
-            pass
+        while not stop.value and multiprocessing.parent_process().is_alive():
+            time.sleep(_POLL_SECONDS)
         os._exit(1)
 
-    def report(text_bytes: int) -> None:
-        with counter.get_lock():
-            counter.value += text_bytes
-
     threading.Thread(target=end_when_told, daemon=True).start()
-    _job, _report = job, report
+    _job, _counts = job, counts
 
 
 def _work(number: int, part: Part) -> None:
-    _prepare_part(_job, number, part, _report)
+    def report(text_bytes: int) -> None:
+        _counts[number] += text_bytes
+
+    _prepare_part(_job, number, part, report)
 
 
 class _Progress:
