@@ -27,7 +27,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.corpus import SHARD_TOKENS, SPLITS, Corpus, CorpusError, documents_file, join_entries, publish, refuse_existing, shard_name, write_shards
+from training.corpus import (
+    SHARD_TOKENS, SPLITS, Corpus, CorpusError, documents_file, join_entries, publish, refuse_existing, shard_name, write_shards,
+)
 from training.files import fsync, rename_durably, write_atomically
 from training.tokenizers import Tokenizer
 
@@ -59,11 +61,13 @@ class _Job:
 
 
 def prepare_corpus(folder: Path, *, tokenizer: Tokenizer, parts: list[Part], provenance: dict, prepare_command: str, processes: int,
-                   left_out: Mapping[str, int] | None = None, overwrite: bool = False, shard_tokens: int = SHARD_TOKENS, block_bytes: int = BLOCK_BYTES) -> tuple[Corpus, int]:
+                   left_out: Mapping[str, int] | None = None, overwrite: bool = False, shard_tokens: int = SHARD_TOKENS,
+                   block_bytes: int = BLOCK_BYTES) -> tuple[Corpus, int]:
     """Tokenizes the parts into `folder`, which appears whole or not at all; see training.corpus.write_corpus, which does it in one go.
 
-    Progress goes to stderr. `left_out`: what the source left out already, by reason. Returns the corpus and how many bytes of text were read. Raises CorpusError also where another preparation of
-    the folder is running, or an unfinished one was of something else; ValueError for what is wrong with the source.
+    Progress goes to stderr. `left_out`: what the source left out already, by reason. Returns the corpus and how many bytes of text were read.
+    Raises CorpusError also where another preparation of the folder is running, or an unfinished one was of something else; ValueError for
+    what is wrong with the source.
     """
     refuse_existing(folder, overwrite)
     partial = folder.with_name(f"{folder.name}.partial")
