@@ -324,7 +324,8 @@ def source_name(source: str) -> str:
 
 def prepare_command(options: argparse.Namespace, sources: list[str]) -> str:
     """The command that makes this corpus, less its folder."""
-    tokenizer = options.tokenizer if options.tokenizer in TOKENIZER_NAMES or not Path(options.tokenizer).is_dir() else str(Path(options.tokenizer).resolve())
+    is_folder = options.tokenizer not in TOKENIZER_NAMES and Path(options.tokenizer).is_dir()
+    tokenizer = str(Path(options.tokenizer).resolve()) if is_folder else options.tokenizer
     words = ["python", "scripts/prepare_data.py", "--source", *sources, "--tokenizer", tokenizer]
     words += ["--validation-fraction", str(options.validation_fraction)]
     for option, value in (("--max-bytes", options.max_bytes), ("--text-field", options.text_field), ("--end-of-text", options.end_of_text)):
@@ -358,14 +359,16 @@ def open_source(options: argparse.Namespace) -> tuple[dict, list[str], Callable[
     if name.startswith(HUB_PREFIX) or row_paths:
         if row_paths and len(row_paths) < len(files):
             text = next(path for _, path in files if not is_rows(path))
-            raise ValueError(f"--source gives files of rows ({row_paths[0].name}) and of text ({text.name}): give those of one kind, as in FOLDER/*.jsonl")
+            raise ValueError(f"--source gives files of rows ({row_paths[0].name}) and of text ({text.name}): give those of one kind, "
+                             "as in FOLDER/*.jsonl")
         field = options.text_field or "text"
         sizes = {"validation_fraction": options.validation_fraction, "max_bytes": options.max_bytes}
         found = row_files(files, field, **sizes) if row_paths else hub_rows(name, field, **sizes)
         provenance = {"source": found.name, "source_versions": found.versions, "text_field": field, **provenance}
         return provenance, again if row_paths else [found.name], lambda: (found.parts, Counter())
     if options.text_field is not None:
-        raise ValueError(f"--text-field {options.text_field}: {name} has no rows; leave it out, or give {', '.join(ROW_SUFFIXES)} files or hf:DATASET")
+        raise ValueError(f"--text-field {options.text_field}: {name} has no rows; leave it out, or give {', '.join(ROW_SUFFIXES)} files "
+                         "or hf:DATASET")
     source = NAMED_SOURCES[name]() if name in NAMED_SOURCES else local_files(files, hidden)
     return {"source": source.name, "source_versions": source.versions, **provenance}, again, lambda: document_parts(source, options)
 

@@ -16,11 +16,11 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class TrainingBatches:
     """This rank's micro batches of any step, read one step ahead by a thread.
 
-    Which samples a step sees depends on (seed, step, global batch) alone; see ``training.data_order``, also on ``shares``.
+    Which samples a step sees depends on (seed, step, global batch) alone; see ``training.data_order``, also for ``shares``.
     """
 
-    def __init__(self, splits: Sequence[TokenSplit], *, shares: Sequence[int], sequence_length: int, micro_batch_size: int, accumulation: int, seed: int, rank: int, world: int,
-                 device: torch.device):
+    def __init__(self, splits: Sequence[TokenSplit], *, shares: Sequence[int], sequence_length: int, micro_batch_size: int, accumulation: int,
+                 seed: int, rank: int, world: int, device: torch.device):
         self.splits, self.sequence_length, self.micro_batch_size, self.accumulation = splits, sequence_length, micro_batch_size, accumulation
         self.order = {"seed": seed, "rank": rank, "world": world, "global_batch": micro_batch_size * accumulation * world,
                       "samples": [split.samples(sequence_length) for split in splits], "shares": shares}

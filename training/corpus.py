@@ -28,9 +28,8 @@ from training.tokenizers import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 SHARD_TOKENS = 100_000_000
-MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
-_BATCH_CHARACTERS = 16 << 20  # text tokenized at once: enough to keep every core busy, little enough to hold in memory
+_BATCH_CHARACTERS = 4 << 20  # text tokenized at once: enough to keep every core busy, little enough to hold in memory
 
 
 class CorpusError(ValueError):
@@ -181,7 +180,7 @@ def publish(folder: Path, partial: Path, tokenizer: Tokenizer, splits: dict[str,
     manifest = {"format_version": FORMAT_VERSION, "corpus_sha256": None, "tokenizer": described, "splits": splits,
                 "prepare_command": prepare_command, "provenance": provenance}
     manifest["corpus_sha256"] = _corpus_sha256(manifest)
-    (partial / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     os.chmod(partial, 0o755)  # mkdtemp's folder is private, a corpus is shared
     for path in [*partial.iterdir(), partial]:
         fsync(path)

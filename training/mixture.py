@@ -4,7 +4,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 
@@ -78,12 +77,12 @@ def _refuse_strangers(corpora: list[Corpus], names: list[str]) -> None:
     first = corpora[0]
     for number, (corpus, name) in enumerate(zip(corpora, names, strict=True)):
         if corpus.tokenizer_sha256 != first.tokenizer_sha256:
-            raise CorpusError(f"data.mixture: {first.folder} holds tokens of {first.tokenizer_name!r} and {corpus.folder} of {corpus.tokenizer_name!r}"
+            raise CorpusError(f"data.mixture: {first.folder} holds tokens of {first.tokenizer_name!r}, {corpus.folder} of {corpus.tokenizer_name!r}"
                               f"{' in another version' * (corpus.tokenizer_name == first.tokenizer_name)}; prepare both with one tokenizer")
         if corpus.sha256 in (other.sha256 for other in corpora[:number]):
             raise CorpusError(f"data.mixture: {corpora[number - 1].folder} and {corpus.folder} are the same corpus; name it once")
         if name in names[:number]:
-            raise CorpusError(f"data.mixture: two folders are called {name}, which is what their losses would be; rename one")
+            raise CorpusError(f"data.mixture: two folders are called {name}, and their losses would be too; rename one")
 
 
 def _apportion(weights: list[float], corpora: list[Corpus]) -> list[int]:
@@ -96,6 +95,6 @@ def _apportion(weights: list[float], corpora: list[Corpus]) -> list[int]:
         shares[i] += 1
     for share, corpus in zip(shares, corpora, strict=True):
         if not share:
-            raise CorpusError(f"data.mixture: the weight of {corpus.folder} is less than 1/{SHARES} of them all, and mixtures are made of {SHARES} parts; "
-                              "raise it, or leave the corpus out")
+            raise CorpusError(f"data.mixture: the weight of {corpus.folder} is less than 1/{SHARES} of them all, and mixtures are made of {SHARES} "
+                              "parts; raise it, or leave the corpus out")
     return shares

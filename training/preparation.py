@@ -27,7 +27,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from training.corpus import SHARD_TOKENS, SPLITS, Corpus, CorpusError, documents_file, join_entries, publish, refuse_existing, shard_name, write_shards
+from training.corpus import (
+    SHARD_TOKENS, SPLITS, Corpus, CorpusError, documents_file, join_entries, publish, refuse_existing, shard_name, write_shards,
+)
 from training.files import fsync, rename_durably, write_atomically
 from training.tokenizers import Tokenizer
 
@@ -59,11 +61,13 @@ class _Job:
 
 
 def prepare_corpus(folder: Path, *, tokenizer: Tokenizer, parts: list[Part], provenance: dict, prepare_command: str, processes: int,
-                   left_out: Mapping[str, int] | None = None, overwrite: bool = False, shard_tokens: int = SHARD_TOKENS, block_bytes: int = BLOCK_BYTES) -> tuple[Corpus, int]:
+                   left_out: Mapping[str, int] | None = None, overwrite: bool = False, shard_tokens: int = SHARD_TOKENS,
+                   block_bytes: int = BLOCK_BYTES) -> tuple[Corpus, int]:
     """Tokenizes the parts into `folder`, which appears whole or not at all; see training.corpus.write_corpus, which does it in one go.
 
-    Progress goes to stderr. `left_out`: what the source left out already, by reason. Returns the corpus and how many bytes of text were read. Raises CorpusError also where another preparation of
-    the folder is running, or an unfinished one was of something else; ValueError for what is wrong with the source.
+    Progress goes to stderr. `left_out`: what the source left out already, by reason. Returns the corpus and how many bytes of text were read.
+    Raises CorpusError also where another preparation of the folder is running, or an unfinished one was of something else; ValueError for
+    what is wrong with the source.
     """
     refuse_existing(folder, overwrite)
     partial = folder.with_name(f"{folder.name}.partial")
@@ -228,50 +232,45 @@ def _prepare_parts(job: _Job, parts: list[Part], processes: int) -> None:
 
 def _prepare_in_processes(job: _Job, parts: list[Part], missing: list[int], processes: int, progress: "_Progress") -> None:
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of the libraries in a state they do not survive
-    counter, stop = context.Value("q", 0), context.Event()
+    # Without locks, which a killed process would never give back: each part's bytes are counted by one process alone.
+    counts, stop = context.RawArray("q", len(parts)), context.RawValue("b", 0)
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    with ProcessPoolExecutor(processes, context, _start_worker, (job, counter, stop, threads)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (job, counts, stop, threads)) as pool:
         waiting = {pool.submit(_work, number, parts[number]) for number in missing}
         told = 0
         try:
             while waiting:
                 ended, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
-                progress.add(counter.value - told)
-                told = counter.value
+                progress.add((read := sum(counts)) - told)
+                told = read
                 for future in ended:
                     future.result()
                     progress.finish_part()
         except BaseException:
-            stop.set()
+            stop.value = 1
             pool.shutdown(cancel_futures=True)
             raise
 
 
-class _Stopped(Exception):
-    """Another process failed, or the first was interrupted."""
-
-
-def _start_worker(job: _Job, counter, stop, threads: int) -> None:
-    global _job, _report
+def _start_worker(job: _Job, counts, stop, threads: int) -> None:
+    global _job, _counts
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # of the library tokenizers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the first one tells the others
 
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
+    def end_when_told() -> None:  # or alone in the world; what is unfinished is begun again by the next start
+        while not stop.value and multiprocessing.parent_process().is_alive():
+            time.sleep(_POLL_SECONDS)
         os._exit(1)
 
-    def report(text_bytes: int) -> None:
-        if stop.is_set():
-            raise _Stopped
-        with counter.get_lock():
-            counter.value += text_bytes
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    _job, _report = job, report
+    threading.Thread(target=end_when_told, daemon=True).start()
+    _job, _counts = job, counts
 
 
 def _work(number: int, part: Part) -> None:
-    _prepare_part(_job, number, part, _report)
+    def report(text_bytes: int) -> None:
+        _counts[number] += text_bytes
+
+    _prepare_part(_job, number, part, report)
 
 
 class _Progress:

@@ -138,7 +138,8 @@ class HubDataset:
         config, _, split = rest.partition(":")
         name, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
         if not name:
-            raise ValueError(f"--source {source}: no data set is named; hf:NAME[@REVISION][:CONFIG[:SPLIT]], as in hf:HuggingFaceFW/fineweb-edu:sample-10BT")
+            raise ValueError(f"--source {source}: no data set is named; hf:NAME[@REVISION][:CONFIG[:SPLIT]], as in "
+                             "hf:HuggingFaceFW/fineweb-edu:sample-10BT")
         return cls(name, revision or None, config or None, split or "train")
 
     def __str__(self) -> str:
@@ -166,8 +167,8 @@ class HubDataset:
             raise self._fault(error) from None
 
     def _fault(self, error: Exception) -> ValueError:
-        about = "" if isinstance(error, ValueError) else (" (a private or gated data set needs the environment variable HF_TOKEN; without a network, give "
-                                                          "hf:FOLDER, or its jsonl or Parquet files)")
+        about = (" (a private or gated data set needs the environment variable HF_TOKEN; without a network, give hf:FOLDER, or its jsonl or "
+                 "Parquet files)") * (not isinstance(error, ValueError))
         return ValueError(f"--source {self}: {' '.join(str(error).split()) or type(error).__name__}{about}")
 
 
@@ -192,7 +193,8 @@ def hub_rows(source: str, field: str, *, validation_fraction: float, max_bytes: 
     if dataset.revision:
         version = {"dataset": dataset.name, "revision": dataset.revision}
     else:
-        version = {"files": {path.relative_to(dataset.name).as_posix(): _sha256(path) for path in sorted(Path(dataset.name).rglob("*")) if path.is_file()}}
+        files = sorted(path for path in Path(dataset.name).rglob("*") if path.is_file())
+        version = {"files": {path.relative_to(dataset.name).as_posix(): _sha256(path) for path in files}}
     count = min(stream.num_shards, _MOST_PARTS)
     share = _share(max_bytes, count)
     parts = [Part(partial(_read_dataset, dataset, field, validation_fraction, index, count), max_bytes=share) for index in range(count)]

@@ -1,4 +1,5 @@
 import os
+import shlex
 import subprocess
 import sys
 from collections import Counter
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from scripts import prepare_data
 from scripts.prepare_data import Document, cap, main, scenes, split_documents
@@ -246,3 +248,55 @@ def test_python_source_is_split_by_package(tmp_path):
     assert 0.03 < validation.text_bytes / 3_000_000 <= 0.05
     versions = {entry["package"]: entry["version"] for entry in corpus.manifest["provenance"]["source_versions"]}
     assert versions["numpy"] == np.__version__ and "python" in versions
+
+
+@pytest.mark.parametrize("source, name", [
+    ("python-source", "python-source"), ("books/", "books"), ("rows/a.jsonl.gz", "a"), ("hf:org/name", "name"), ("hf:folder/", "folder"),
+    ("hf:HuggingFaceFW/fineweb-edu@v1.0:sample-10BT", "fineweb-edu-sample-10BT"), ("hf:org/name:config:test", "name-config-test"),
+])
+def test_a_corpus_is_named_after_its_source(source, name):
+    assert prepare_data.source_name(source) == name
+
+
+def test_a_large_folder_is_shared_by_processes_in_parts(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_data, "BLOCK_BYTES", 1000)
+    for processes in (1, 2):
+        assert prepare("--source", texts, "--out", tmp_path / f"out-{processes}", "--processes", processes) == 0
+    first, second = (Corpus.open(tmp_path / f"out-{processes}") for processes in (1, 2))
+    assert first.sha256 == second.sha256 and len(first.manifest["splits"]["train"]["shards"]) > 2
+    assert first.manifest["provenance"]["left_out"] == {"duplicate": 1, "empty": 1, "hidden": 1, "not UTF-8 text": 2, "not a file": 1}
+    prepare("--source", texts, "--out", tmp_path / "whole")
+    for split in ("train", "validation"):
+        monkeypatch.undo()
+        assert documents_of(Corpus.open(tmp_path / "whole"), split) == documents_of(first, split)
+
+
+def test_a_tokenizer_is_a_folder_and_its_remedy_names_it(texts, tmp_path, capsys):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "[END]": 1, "text": 2, "with": 3}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    (tmp_path / "words").mkdir()
+    tokenizer.save(str(tmp_path / "words" / "tokenizer.json"))
+    arguments = ["--source", texts, "--tokenizer", tmp_path / "words", "--out", tmp_path / "out"]
+    assert prepare(*arguments) == 2
+    assert "--end-of-text TOKEN" in capsys.readouterr().err
+    assert prepare(*arguments, "--end-of-text", "[END]") == 0
+    assert "tokenizer words changes the text: its tokens stand for" in capsys.readouterr().err
+    corpus = Corpus.open(tmp_path / "out")
+    corpus.check_fits(model_vocab_size=4, sequence_length=8)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer.json: missing; prepare the corpus again: .* --end-of-text") as error:
+        Corpus.open(tmp_path / "out")
+    assert main(shlex.split(str(error.value).split("prepare_data.py ")[1])) == 0
+    assert Corpus.open(tmp_path / "out").sha256 == corpus.sha256
+
+
+def test_an_interrupted_preparation_says_how_it_goes_on(texts, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("training.preparation.publish", interrupt)
+        assert prepare("--source", texts, "--out", tmp_path / "out") == 130
+    assert "stopped; the same command goes on from what is finished" in capsys.readouterr().err
+    assert prepare("--source", texts, "--out", tmp_path / "out") == 0
+    assert "going on after" in capsys.readouterr().err

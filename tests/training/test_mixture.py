@@ -82,7 +82,7 @@ def test_corpora_that_do_not_belong_together_are_refused(folders, tmp_path):
         sha256 = "0" * 64
 
     strange = str(make(tmp_path / "strange", "x", 3, tokenizer=Other()).folder)
-    with pytest.raises(CorpusError, match="data.mixture: .* holds tokens of '.*' and .* of '.*'; prepare both with one tokenizer"):
+    with pytest.raises(CorpusError, match="data.mixture: .* holds tokens of '.*', .* of '.*'; prepare both with one tokenizer"):
         Mixture.open({folders["a"]: 1, strange: 1})
     same = str(make(tmp_path / "same", "a", 50).folder)
     with pytest.raises(CorpusError, match="are the same corpus; name it once"):
