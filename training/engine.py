@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import deepspeed
@@ -84,7 +85,7 @@ def check_machine(config: Config) -> str | None:
     if config.zero.offload_optimizer == "none":
         return None
     built = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False), f"{CPUAdamBuilder.NAME}.so")
-    if built.exists():
+    if built.exists() or find_spec(CPUAdamBuilder().absolute_name()):  # at its first use; when DeepSpeed was installed
         return None
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
