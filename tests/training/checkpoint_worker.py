@@ -103,17 +103,17 @@ def muon(out: Path) -> dict:
         return configuration(stage, precision, "optimizer.name=muon")
 
     seen, same = {}, {}
-    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16")):
+    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "fp16"), (2, "states")):
         config, folder = build(stage, precision), out / f"muon-{precision}-{stage}"
-        engine = build_engine(config, end_of_text=END_OF_TEXT)
-        train(engine, config, 0, SAVED_AT)
-        write(engine, folder, SAVED_AT, config)
-        whole = train(engine, config, SAVED_AT, END)
-        hashes = tensor_hashes(write(engine, out / "whole" / folder.name, END, config))
+        engine, state = build_engine(config, end_of_text=END_OF_TEXT), loop_state(config)
+        train(engine, config, 0, SAVED_AT, state)
+        write(engine, folder, config, state)
+        whole = train(engine, config, SAVED_AT, END, state)
+        hashes = tensor_hashes(write(engine, out / "whole" / folder.name, config, state))
         engine.destroy()
         checkpoint, _ = find_checkpoint("auto", folder)
         same[f"{precision}-{stage}"] = {"whole": whole, "hashes": hashes, "resumed": resumed(checkpoint, config, out / "again" / folder.name)}
-    for source, target in (("fp32-0", "fp32-3"), ("fp32-3", "fp32-2"), ("fp32-2", "fp32-0"), ("bf16-1", "bf16-3"), ("bf16-0", "bf16-1")):
+    for source, target in (("fp32-0", "fp32-3"), ("fp32-3", "fp32-2"), ("fp32-2", "fp32-0"), ("bf16-1", "bf16-3"), ("bf16-0", "bf16-1"), ("fp16-3", "fp16-2"), ("states-2", "states-3")):
         checkpoint = Checkpoint.read(out / f"muon-{source}" / "step_00000003")
         precision, stage = target.split("-")
         seen[f"{source} {target}"] = resumed(checkpoint, build(int(stage), precision), out / "converted" / f"muon-{source}" / target)

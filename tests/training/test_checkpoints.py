@@ -48,7 +48,7 @@ def test_every_layout_loads_into_every_other(seen):
 
 def test_muons_checkpoints_resume_bit_for_bit_and_load_into_other_layouts(seen):
     muon = seen["muon"]
-    assert len(muon["same_layout"]) == len(muon["other_layouts"]) == 5
+    assert len(muon["same_layout"]) == len(muon["other_layouts"]) == 7
     for layout, run in muon["same_layout"].items():
         assert run["resumed"]["rows"] == run["whole"] and run["resumed"]["hashes"] == run["hashes"], layout
     for conversion, run in muon["other_layouts"].items():
