@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from training import compositions
@@ -31,3 +33,8 @@ def test_a_rows_keys_exist_and_its_predicate_reads_no_other_section(row):
 def test_the_table_has_a_line_for_every_row():
     lines = compositions.table().splitlines()[2:]
     assert len(lines) == len(compositions.ROWS) and all(line.count("|") == 4 for line in lines)
+
+
+def test_the_documentation_shows_the_table():
+    page = Path(__file__).parents[2] / "docs/modes.md"
+    assert compositions.table() in page.read_text(encoding="utf-8"), "put what python -m training.compositions prints into docs/modes.md"
