@@ -18,6 +18,7 @@ if [[ ! -f .venv/triton-$newest/triton/__init__.py ]]; then
     python -m pip install -qq --disable-pip-version-check --no-input --no-deps --target ".venv/triton-$newest" "triton==$newest"
 fi
 if (($#)); then exec python -m pytest --durations=10 "$@"; fi
-# What starts training measures how soon it ends, and gets the machine to itself.
-python -m pytest --durations=10 -n 2 --dist loadfile tests/kernels tests/launch tests/model tests/scripts
-exec python -m pytest --durations=10 tests/training tests/test_*.py
+# Two files at a time, the longest first, but for those that measure how soon something ends: these get the machine to themselves.
+alone=(tests/training/test_kills.py tests/training/test_reliability.py tests/training/test_tracking.py tests/test_*.py)
+python -m pytest --durations=10 -n 2 --dist loadfile tests/training/test_zero.py tests/training/test_checkpoints.py tests "${alone[@]/#/--ignore=}"
+exec python -m pytest --durations=10 "${alone[@]}"

@@ -145,7 +145,7 @@ def test_print_config_shows_the_resolved_yaml(run_file):
 
 def test_a_dry_run_says_what_the_run_will_without_corpus_launcher_or_gpu(finished, run_file):
     command = [sys.executable, "train.py", "--config", run_file, "--dry-run", "--gpus", "2", "--mfu", "0.5", "--gpu-name", "NVIDIA A10", "attention.backend=tiled"]
-    done = subprocess.run([*command, "data.corpus=/nowhere"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, "data.mixture={/nowhere: 1.0}"], capture_output=True, text=True, check=True)
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     printed = {line.split()[0]: line for line in finished.stdout.splitlines() if line}
     assert lines["model"] == printed["model"] and lines["batch"] == printed["batch"]
