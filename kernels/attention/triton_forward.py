@@ -171,7 +171,11 @@ def blocks(rows: int, block: int) -> int:
 @cache
 def widths(head_dim: int, value_dim: int) -> tuple[int, int, int, int]:
     """HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V."""
-    return head_dim, triton.next_power_of_2(head_dim), value_dim, triton.next_power_of_2(value_dim)
+    # Half-precision rows of less than 64 numbers lie otherwise in Hopper's shared memory than wider ones. Where K's and V's differ in that,
+    # and K's tile makes room for V's, ptxas 12.8 builds V's matrix descriptors from registers that nothing has written: wrong products, or
+    # an illegal access. So the narrower rows are as wide as the others, up to 64.
+    least = min(64, triton.next_power_of_2(max(head_dim, value_dim)))
+    return head_dim, max(least, triton.next_power_of_2(head_dim)), value_dim, max(least, triton.next_power_of_2(value_dim))
 
 
 class Arguments(NamedTuple):

@@ -66,6 +66,15 @@ def test_features(features, head_dim):
         check("triton", gpu_case(1000, 1000, batch=2, head_dim=head_dim, dtype=dtype, **features), with_lse=True)
 
 
+@pytest.mark.parametrize("head_dim, value_head_dim, features", [(40, 24, dict(alibi=True, sinks=True)), (72, 24, {}), (24, 40, {})])
+def test_narrow_rows_beside_wider_ones(head_dim, value_head_dim, features):
+    """Where K and V would lie in shared memory in two ways, at one address; head_dims that are no multiples of 16 keep the loads of K
+    from running ahead, which would give it an address of its own."""
+    shape = dict(heads=8, kv_heads=2, head_dim=head_dim, value_head_dim=value_head_dim, dtype=torch.float16)
+    check("triton", gpu_case(1053, 1053, **shape, **features), with_lse=True)
+    check("triton", gpu_case(193, 305, batch=2, **shape, **features), with_lse=True)
+
+
 def test_packed_projection_has_one_gradient_and_no_copy():
     """Beside qkv: the output, its log-sum-exp, the gradient, and two numbers a row."""
     heads, head_dim, seq = 16, 64, 4096
