@@ -25,7 +25,7 @@ import shlex
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
 from multiprocessing.connection import wait
@@ -328,6 +328,16 @@ def references(case: Case, given: Given) -> tuple[dict[str, torch.Tensor], dict[
     return exact, rounded, with_delta_of(0.0)
 
 
+class Outcome(NamedTuple):
+    """Of one draw: tensors by name, among them "out", "lse" where it is asked for, and gradients."""
+
+    got: dict[str, torch.Tensor]
+    exact: dict[str, torch.Tensor]  # in float64
+    beside: list[dict[str, torch.Tensor]]  # the first has all tensors, of the dtypes that they should have
+    terms: dict[str, torch.Tensor] = {}
+    scores: float = 0.0  # by how much rounding changes a score, where that is not in float32
+
+
 class Errors(NamedTuple):
     """The largest of a tensor."""
 
@@ -335,21 +345,24 @@ class Errors(NamedTuple):
     beside: float
     result: float
     terms: float
+    scores: float
 
-    def allowed(self, name: str, dtype: torch.dtype) -> float:
-        """RULE."""
+    def allowed(self, name: str, dtype: torch.dtype, times: float) -> float:
+        """RULE. The log-sum-exp moves by no more than the score that moves most."""
         if name == "lse":
-            return EPS_FLOAT32 * 4 * self.result + 1e-5
-        return 2 * self.beside + torch.finfo(dtype).eps / 4 * self.result + EPS_FLOAT32 * 8 * self.terms + 1e-5
+            return EPS_FLOAT32 * 4 * self.result + self.scores + 1e-5
+        return times * self.beside + torch.finfo(dtype).eps / 4 * self.result + EPS_FLOAT32 * 8 * self.terms + 1e-5
 
 
-def errors(got: torch.Tensor, exact: torch.Tensor, besides: list[torch.Tensor], terms: torch.Tensor) -> Errors:
+def errors(outcome: Outcome, name: str) -> Errors:
+    exact = outcome.exact[name]
     finite = exact.isfinite()
 
     def largest(x):
         return x[finite].abs().max().item() if finite.any() else 0.0
 
-    return Errors(largest(got - exact), max(largest(x - exact) for x in besides), largest(exact), largest(terms))
+    beside = max(largest(results[name] - exact) for results in outcome.beside if name in results)
+    return Errors(largest(outcome.got[name] - exact), beside, largest(exact), largest(outcome.terms.get(name, exact)), outcome.scores)
 
 
 def wrong_at_once(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype]) -> list[str]:
@@ -368,32 +381,43 @@ def wrong_at_once(got: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], 
     return faults
 
 
-def judge(backend: str, case: Case, device: str) -> tuple[list[str], dict[str, float], int]:
-    """(faults; the largest error of each tensor over what is allowed; on how many draws it was judged)."""
+def compare(draws: Iterable[Outcome], times: float = 2) -> tuple[list[str], dict[str, float], int]:
+    """(faults; the largest error of each tensor over what is allowed; on how many draws it was judged, all of them or the first).
+
+    times: what stands in RULE before the error beside.
+    """
     pooled: dict[str, Errors] = {}
-    for draw in range(DRAWS):
-        tensors = given(case, draw, device)
-        got, beside = results(backend, case, tensors), results("eager", case, tensors)
-        exact, rounded, terms = references(case, tensors)
-        dtypes = {name: x.dtype for name, x in beside.items()}
-        if faults := wrong_at_once(got, exact, dtypes):
-            return faults, {}, draw + 1
-        if draw == 0 and "deterministic" in BACKENDS[backend].features:
-            again = results(backend, case, tensors)
-            if faults := [f"{name} has other bits the second time" for name in got if not torch.equal(got[name], again[name])]:
-                return faults, {}, 1
-        for name, expected in exact.items():
-            found = errors(got[name], expected, [x[name] for x in (beside, rounded) if name in x], terms.get(name, expected))
+    for number, draw in enumerate(draws, 1):
+        dtypes = {name: x.dtype for name, x in draw.beside[0].items()}
+        if faults := wrong_at_once(draw.got, draw.exact, dtypes):
+            return faults, {}, number
+        for name in draw.exact:
+            found = errors(draw, name)
             pooled[name] = Errors(*map(max, found, pooled.get(name, found)))
-        allowed = {name: x.allowed(name, dtypes[name]) for name, x in pooled.items()}
-        if draw == 0 and all(x.error <= allowed[name] for name, x in pooled.items()):
+        allowed = {name: x.allowed(name, dtypes[name], times) for name, x in pooled.items()}
+        if number == 1 and all(x.error <= allowed[name] for name, x in pooled.items()):
             break
     faults = [
-        f"error of {name} {x.error:.3g}, beside {x.beside:.3g}, allowed {allowed[name]:.3g}, on {draw + 1} draws"
+        f"error of {name} {x.error:.3g}, beside {x.beside:.3g}, allowed {allowed[name]:.3g}, on {number} draw{'s' * (number > 1)}"
         for name, x in pooled.items()
         if x.error > allowed[name]
     ]
-    return faults, {name: x.error / allowed[name] for name, x in pooled.items()}, draw + 1
+    return faults, {name: x.error / allowed[name] for name, x in pooled.items()}, number
+
+
+def judge(backend: str, case: Case, device: str) -> tuple[list[str], dict[str, float], int]:
+    """As `compare`; a fault, too, is a second pass that gives other bits."""
+
+    def outcome(draw: int) -> Outcome:
+        tensors = given(case, draw, device)
+        exact, rounded, terms = references(case, tensors)
+        return Outcome(results(backend, case, tensors), exact, [results("eager", case, tensors), rounded], terms)
+
+    faults, worst, draws = compare(map(outcome, range(DRAWS)))
+    if "deterministic" in BACKENDS[backend].features:
+        first, second = (results(backend, case, given(case, 0, device)) for _ in range(2))
+        faults += [f"{name} has other bits the second time" for name in first if not torch.equal(first[name], second[name])]
+    return faults, worst, draws
 
 
 def refusal(backend: str, case: Case, device: str) -> str | None:
