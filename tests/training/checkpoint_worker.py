@@ -1,6 +1,5 @@
-"""Processes, two on CPUs or one a GPU, that save, load and convert checkpoints of every layout, and meet losses and gradients that are not finite."""
+"""Processes, two on CPUs or one a GPU, that save, load and convert checkpoints, and meet losses and gradients that are not finite."""
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch.distributed as dist
 
 import model.gpt
 from tests.checkpoint_contents import tensor_hashes
+from tests.training.checkpoint_grids import CPU_GRID, GPU_GRID, MODES
 from tests.training.zero_worker import END_OF_TEXT, configure, micro_batches, train_plainly
 from tests.training.zero_worker import train as train_all
 from training.checkpoints import Checkpoint, LoopState, check_fits, find_checkpoint, load, save
@@ -19,24 +19,15 @@ from training.distributed import UserFault, end_process, gather, join_process_gr
 from training.engine import build_engine, train_step
 from training.loss_scale import LossScale
 
-LAYOUTS = list(itertools.product(range(4), ("fp32", "bf16")))
-MODES = {
-    "fp32": ["train.precision=fp32"], "bf16": ["train.precision=bf16"], "fp16": ["train.precision=fp16", "train.loss_scale_window=2"],
-    "offload": ["train.precision=bf16", "zero.offload_optimizer=cpu"], "states": ["train.precision=bf16", "train.bf16_states=true"],
-}  # fmt: skip
-MORE_LAYOUTS = list(itertools.product((2, 3), ("fp16", "offload", "states")))
-CONVERSIONS = [
-    ("bf16-0", "offload-3"), ("bf16-1", "offload-1"), ("bf16-2", "offload-2"), ("offload-2", "bf16-3"), ("offload-2", "offload-3"),
-    ("offload-3", "bf16-0"), ("offload-3", "fp16-2"), ("bf16-3", "fp16-3"), ("fp16-2", "bf16-1"), ("fp16-2", "fp16-3"), ("fp16-3", "fp32-2"),
-    ("bf16-3", "states-3"), ("states-2", "states-3"), ("states-2", "bf16-2"), ("states-3", "offload-2"),
-]  # fmt: skip
+GRID = GPU_GRID if torch.cuda.is_available() else CPU_GRID
 SAVED_AT, END = 3, 6
 FEATURES = ["model.dropout=0.1", "attention.dropout=0.1", "attention.window=20", "attention.document_mask=true"]
 
 
-def configuration(stage: int, mode: str, *overrides: str) -> Config:
+def configuration(layout: str, *overrides: str) -> Config:
+    mode, stage = layout.split("-")
     backend = "triton" if torch.cuda.is_available() else "tiled"
-    parameters = ["zero.offload_parameters=cpu"] if (stage, mode) == (3, "offload") else []
+    parameters = ["zero.offload_parameters=cpu"] if layout == "offload-3" else []
     return configure(f"zero.stage={stage}", *MODES[mode], *parameters, f"attention.backend={backend}", f"train.steps={END}", "optimizer.lr=1e-2",
                      "optimizer.weight_decay=0.3", *overrides)
 
@@ -69,64 +60,48 @@ def resumed(checkpoint: Checkpoint, config: Config, scratch: Path) -> dict:
     return {**seen, "hashes": tensor_hashes(end)}
 
 
+def saved_and_resumed(config: Config, out: Path, name: str) -> dict:
+    """6 steps against 3, saved, loaded into a fresh engine, and 3 more."""
+    engine, state = build_engine(config, end_of_text=END_OF_TEXT), loop_state(config)
+    train(engine, config, 0, SAVED_AT, state)
+    write(engine, out / name, config, state)
+    whole = train(engine, config, SAVED_AT, END, state)
+    hashes = tensor_hashes(write(engine, out / "whole" / name, config, state))
+    engine.destroy()
+    checkpoint, _ = find_checkpoint("auto", out / name)
+    return {"whole": whole, "hashes": hashes, "resumed": resumed(checkpoint, config, out / "again" / name)}
+
+
 def same_layout(out: Path) -> dict:
-    """6 steps against 3, saved, loaded into a fresh engine, and 3 more, with dropout, also of attention, a window and documents."""
-    seen = {}
-    for stage, precision in (*LAYOUTS, *MORE_LAYOUTS):
-        config, folder = configuration(stage, precision, *FEATURES), out / f"{precision}-{stage}"
-        engine, state = build_engine(config, end_of_text=END_OF_TEXT), loop_state(config)
-        train(engine, config, 0, SAVED_AT, state)
-        write(engine, folder, config, state)
-        whole = train(engine, config, SAVED_AT, END, state)
-        end = tensor_hashes(write(engine, out / "whole" / folder.name, config, state))
-        engine.destroy()
-        checkpoint, _ = find_checkpoint("auto", folder)
-        seen[f"{precision}-{stage}"] = {"whole": whole, "hashes": end, "resumed": resumed(checkpoint, config, out / "again" / folder.name)}
-    return seen
+    """With dropout, also of attention, a window and documents."""
+    return {layout: saved_and_resumed(configuration(layout, *FEATURES), out, layout) for layout in GRID.layouts}
 
 
 def other_layouts(out: Path) -> dict:
-    """Every checkpoint into every layout; without dropout, whose masks would differ."""
+    """Without dropout, whose masks would differ."""
     seen = {}
-    names = [[f"{mode}-{stage}" for stage, mode in layouts] for layouts in (LAYOUTS, MORE_LAYOUTS)]
-    plain = [(before, after) for before, after in itertools.product(names[0], names[0]) if before[:4] == after[:4] or before[-1] == after[-1]]
-    for before, after in (*plain, *((name, name) for name in names[1]), *CONVERSIONS):
-        mode, stage = after.split("-")
+    for before, after in GRID.conversions:
         checkpoint = Checkpoint.read(out / before / "step_00000003")
-        seen[f"{before} {after}"] = resumed(checkpoint, configuration(int(stage), mode), out / "converted" / before / after)
+        seen[f"{before} {after}"] = resumed(checkpoint, configuration(after), out / "converted" / before / after)
     return seen
 
 
 def muon(out: Path) -> dict:
-    """Each way in which DeepSpeed keeps optimizer states, with Muon's, resumed in the same layout; and conversions to and from each."""
-    def build(stage: int, precision: str) -> Config:
-        return configuration(stage, precision, "optimizer.name=muon")
-
-    seen, same = {}, {}
-    for stage, precision in ((0, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (3, "fp16"), (2, "states")):
-        config, folder = build(stage, precision), out / f"muon-{precision}-{stage}"
-        engine, state = build_engine(config, end_of_text=END_OF_TEXT), loop_state(config)
-        train(engine, config, 0, SAVED_AT, state)
-        write(engine, folder, config, state)
-        whole = train(engine, config, SAVED_AT, END, state)
-        hashes = tensor_hashes(write(engine, out / "whole" / folder.name, config, state))
-        engine.destroy()
-        checkpoint, _ = find_checkpoint("auto", folder)
-        same[f"{precision}-{stage}"] = {"whole": whole, "hashes": hashes, "resumed": resumed(checkpoint, config, out / "again" / folder.name)}
-    for source, target in (("fp32-0", "fp32-3"), ("fp32-3", "fp32-2"), ("fp32-2", "fp32-0"), ("bf16-1", "bf16-3"), ("bf16-0", "bf16-1"), ("fp16-3", "fp16-2"), ("states-2", "states-3")):
-        checkpoint = Checkpoint.read(out / f"muon-{source}" / "step_00000003")
-        precision, stage = target.split("-")
-        seen[f"{source} {target}"] = resumed(checkpoint, build(int(stage), precision), out / "converted" / f"muon-{source}" / target)
-    other = configuration(2, "fp32")
+    """Muon's optimizer states, resumed in the same layout and in others; and what AdamW is told of them."""
+    name, seen = "optimizer.name=muon", {}
+    same = {layout: saved_and_resumed(configuration(layout, name), out, f"muon-{layout}") for layout in GRID.muon_layouts}
+    for before, after in GRID.muon_conversions:
+        checkpoint = Checkpoint.read(out / f"muon-{before}" / "step_00000003")
+        seen[f"{before} {after}"] = resumed(checkpoint, configuration(after, name), out / "converted" / f"muon-{before}" / after)
     try:
-        refusal = str(check_fits(Checkpoint.read(out / "muon-fp32-2" / "step_00000003"), other, corpus_sha256=""))
+        refusal = str(check_fits(Checkpoint.read(out / "muon-fp32-2" / "step_00000003"), configuration("fp32-2"), corpus_sha256=""))
     except UserFault as error:
         refusal = str(error)
     return {"same_layout": same, "other_layouts": seen, "adamw": refusal}
 
 
 def new_hyperparameters(out: Path) -> list:
-    config = configuration(2, "fp32", "optimizer.weight_decay=0.5", "optimizer.grad_clip=0.25", "optimizer.eps=1e-6")
+    config = configuration("fp32-2", "optimizer.weight_decay=0.5", "optimizer.grad_clip=0.25", "optimizer.eps=1e-6")
     engine = build_engine(config)
     load(engine, Checkpoint.read(out / "fp32-2" / "step_00000003"), config, scratch=out)
     groups = engine.optimizer.param_groups
@@ -142,7 +117,7 @@ def other_settings(out: Path) -> dict:
 
     def told(checkpoint: Checkpoint, *overrides: str) -> list[str] | str:
         try:
-            return check_fits(checkpoint, configuration(2, "fp32", *FEATURES, *overrides), corpus_sha256="")
+            return check_fits(checkpoint, configuration("fp32-2", *FEATURES, *overrides), corpus_sha256="")
         except UserFault as error:
             return str(error)
 
@@ -153,10 +128,10 @@ def other_settings(out: Path) -> dict:
 
 
 def initial_weights() -> dict:
-    """Whether every stage starts from the weights of a model built on a CPU by itself."""
+    """Whether each stage starts from the weights of a model built on a CPU by itself."""
     seen = {}
-    for stage in range(4):
-        config = configuration(stage, "fp32")
+    for stage in GRID.stages:
+        config = configuration(f"fp32-{stage}")
         engine = build_engine(config)
         torch.manual_seed(config.run.seed)
         plain = dict(model.gpt.GPT(config.model).named_parameters())
@@ -170,9 +145,9 @@ def initial_weights() -> dict:
 
 
 def plain_and_zero() -> dict:
-    """Plain PyTorch on one process, on the CPU, and every stage, in fp32."""
-    stages = {stage: train_all(configuration(stage, "fp32")) for stage in range(4)}
-    return {"plain": train_plainly(configuration(0, "fp32")), "stages": stages}
+    """Plain PyTorch on one process, on the CPU, and each stage, in fp32."""
+    stages = {stage: train_all(configuration(f"fp32-{stage}")) for stage in GRID.stages}
+    return {"plain": train_plainly(configuration("fp32-0")), "stages": stages}
 
 
 def not_finite(out: Path) -> dict:
@@ -190,8 +165,8 @@ def not_finite(out: Path) -> dict:
         return loss * torch.inf if kind == "loss" else loss
 
     model.gpt.F.cross_entropy = poisoned
-    for stage, precision in (*LAYOUTS, *MORE_LAYOUTS):
-        config = configuration(stage, precision, "train.gradient_accumulation_steps=2")
+    for layout in GRID.not_finite:
+        config = configuration(layout, "train.gradient_accumulation_steps=2")
         engine, state = build_engine(config), loop_state(config)
         train(engine, config, 0, 1, state)
         results, scales = [], []
@@ -206,8 +181,8 @@ def not_finite(out: Path) -> dict:
         train(engine, config, 0, 1, state)
         undisturbed = train(engine, config, 1, 3, state)
         engine.destroy()
-        seen[f"{precision}-{stage}"] = {"results": gather(results), "scales": scales, "skipped": [row[:2] for row in skipped],
-                                        "undisturbed": [row[:2] for row in undisturbed]}
+        seen[layout] = {"results": gather(results), "scales": scales, "skipped": [row[:2] for row in skipped],
+                        "undisturbed": [row[:2] for row in undisturbed]}
     model.gpt.F.cross_entropy = cross_entropy
     return seen
 

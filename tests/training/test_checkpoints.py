@@ -1,4 +1,7 @@
-"""Checkpoints of every ZeRO stage and precision: exact in their own layout, converted into every other; and steps that are not finite."""
+"""Checkpoints of every ZeRO stage and precision: exact in their own layout, converted into every other; and steps that are not finite.
+
+On GPUs a few of them: ``checkpoint_grids.py``.
+"""
 
 import json
 import math
@@ -7,6 +10,7 @@ import pytest
 import torch
 
 from tests.launching import deepspeed_run
+from tests.training.checkpoint_grids import CPU_GRID, GPU_GRID
 
 pytestmark = pytest.mark.xdist_group("checkpoints")  # its launches are shared by its tests
 
@@ -15,7 +19,8 @@ WITHIN_FP32, WITHIN_BF16_STAGES, ACROSS_PRECISIONS = (1e-6, 2e-6), (2e-5, 5e-4),
 BF16_STATES = (5e-4, 2e-2)  # whose weights are rounded to 8 bits in every step
 
 
-@pytest.fixture(scope="module", params=["two CPU processes", pytest.param("one GPU", marks=pytest.mark.gpu), pytest.param("all GPUs", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=["two CPU processes", pytest.param("one GPU", marks=pytest.mark.gpu),
+                                        pytest.param("all GPUs", marks=pytest.mark.gpu(count=2))])
 def seen(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoints") / "seen.json"
     processes = {"two CPU processes": 2, "one GPU": 1, "all GPUs": torch.cuda.device_count()}[request.param]
@@ -24,8 +29,17 @@ def seen(request, tmp_path_factory):
     return json.loads(out.read_text())
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(seen):
-    assert len(seen["same_layout"]) == 8 + 6
+@pytest.fixture
+def grid(request):
+    return GPU_GRID if "GPU" in request.node.callspec.params["seen"] else CPU_GRID
+
+
+def names(conversions):
+    return {f"{before} {after}" for before, after in conversions}
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(seen, grid):
+    assert seen["same_layout"].keys() == set(grid.layouts)
     for layout, run in seen["same_layout"].items():
         assert run["resumed"]["rows"] == run["whole"], layout
         assert run["resumed"]["hashes"] == run["hashes"] and len(run["hashes"]) >= 2, layout
@@ -33,8 +47,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(seen):
         assert [scale for *_, scale in run["whole"]] == ([2048.0, 4096.0, 4096.0] if layout.startswith("fp16") else [None] * 3), layout
 
 
-def test_every_layout_loads_into_every_other(seen):
-    assert len(seen["other_layouts"]) == 8 * 5 + 6 + 15
+def test_layouts_load_into_each_other(seen, grid):
+    assert seen["other_layouts"].keys() == names(grid.conversions)
     for conversion, run in seen["other_layouts"].items():
         (source, *_), (target, *_) = layouts = [layout.split("-") for layout in conversion.split()]
         expected = seen["other_layouts"]["-".join(layouts[0]) + " " + "-".join(layouts[0])]["rows"]
@@ -46,9 +60,9 @@ def test_every_layout_loads_into_every_other(seen):
         assert run["weight_decays"] == [0.3, 0.0], conversion
 
 
-def test_muons_checkpoints_resume_bit_for_bit_and_load_into_other_layouts(seen):
+def test_muons_checkpoints_resume_bit_for_bit_and_load_into_other_layouts(seen, grid):
     muon = seen["muon"]
-    assert len(muon["same_layout"]) == len(muon["other_layouts"]) == 7
+    assert muon["same_layout"].keys() == set(grid.muon_layouts) and muon["other_layouts"].keys() == names(grid.muon_conversions)
     for layout, run in muon["same_layout"].items():
         assert run["resumed"]["rows"] == run["whole"] and run["resumed"]["hashes"] == run["hashes"], layout
     for conversion, run in muon["other_layouts"].items():
@@ -74,8 +88,8 @@ def test_other_settings_of_attention_are_told_and_other_positions_refused(seen):
     assert "does not fit this configuration" in told["positions"] and "model.positions: learned -> alibi" in told["positions"]
 
 
-def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(seen):
-    assert len(seen["not_finite"]) == 8 + 6
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(seen, grid):
+    assert seen["not_finite"].keys() == set(grid.not_finite)
     for layout, run in seen["not_finite"].items():
         for rank in run["results"]:
             (loss, norm, applied, overflow), (finite_loss, second_norm, second_applied, second_overflow) = rank
@@ -89,12 +103,13 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(seen):
             assert run["skipped"] == run["undisturbed"], f"{layout}: the skipped steps left a trace"
 
 
-def test_every_stage_on_every_device_starts_from_the_same_weights(seen):
-    assert seen["initial_weights"] == {"0": True, "1": True, "2": True, "3": True}
+def test_every_stage_on_every_device_starts_from_the_same_weights(seen, grid):
+    assert seen["initial_weights"] == {str(stage): True for stage in grid.stages}
 
 
-def test_every_stage_trains_as_plain_pytorch_on_a_cpu(seen):
+def test_every_stage_trains_as_plain_pytorch_on_a_cpu(seen, grid):
     plain = seen["plain"]["plain"]
+    assert seen["plain"]["stages"].keys() == {str(stage) for stage in grid.stages}
     for stage, run in seen["plain"]["stages"].items():
         assert run["losses"] == pytest.approx(plain["losses"], rel=1e-5), stage
         assert run["grad_norms"] == pytest.approx(plain["grad_norms"], rel=1e-4), stage
