@@ -194,17 +194,24 @@ def name_of(case: dict) -> str:
     return f"head_dim {case['head_dim']}, {'causal' if case['causal'] else 'full'}, seq {case['seq']}"
 
 
+def known_tiles(events: dict, event: str) -> dict[int, int]:
+    """Tile -> clock, where the event happened."""
+    return {tile: clock for tile, clock in enumerate(events.get(event, ())) if clock is not None}
+
+
 def windows(trace: dict) -> dict[str, tuple[int, int]]:
     """Title -> first and last cycle: some tiles in the middle of an item, and those about the border to the next."""
-    known = {
-        event: {tile: clock for tile, clock in enumerate(clocks) if clock is not None}
-        for event, clocks in trace["clocks"]["warpgroup 0"].items()
-    }
+    known = {event: known_tiles(trace["clocks"]["warpgroup 0"], event) for event in trace["clocks"]["warpgroup 0"]}
     first, last = list(known["item taken"]), list(known.get("item stored", ()))
     if len(first) < 2 or not last:
         raise ValueError("the trace holds no whole item and the beginning of the next; take a shorter --seq")
-    item = min(len(last), len(first) - 1) // 2
     ready = known["scores ready"]
+    busy = [set(known_tiles(events, "scores ready")) for name, events in trace["clocks"].items() if name != "load"]
+    # One in which every warpgroup has work: the last tile of queries may be short, and a warpgroup past the end passes its keys by.
+    whole = [i for i, (a, b) in enumerate(zip(first[:-1], last)) if all((a + b) // 2 in tiles for tiles in busy)]
+    if not whole:
+        raise ValueError("the trace holds no item in which every warpgroup computes; take a shorter --seq")
+    item = whole[len(whole) // 2]
 
     def about(tile):
         ends = (min(ready, key=lambda other: abs(other - end)) for end in (tile - TILES_SHOWN // 2, tile + TILES_SHOWN // 2))
