@@ -248,7 +248,7 @@ def _triton_features(rules, sinks):
 def _hopper(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.hopper_forward import attention_forward
 
-    out, lse = attention_forward(q, k, v, rules.causal, rules.scale)
+    out, lse = attention_forward(q, k, v, rules.causal, rules.scale, rules.deterministic)
     return out, lse if return_lse else None
 
 

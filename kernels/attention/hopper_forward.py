@@ -9,7 +9,7 @@ a work item is a tile of queries of one head, 64 queries for each warpgroup, and
     wait q_free[slot]
     TMA: Q and the item  ------>  q[2], work[2]  -- q_full[slot] -->  take the item
     for each tile of keys, the last tile first:
-      wait k_free[stage]
+      wait k_free[stage]                          (with two stages K is one tile ahead)
       TMA: K  ----------------->  k[stages]  --- k_full[stage] ---->  S = Q K^T           then arrive at k_free[stage]
       wait v_free[stage]                                              P = exp2(S - max)
       TMA: V  ----------------->  v[stages]  --- v_full[stage] ---->  O = O rescale + P V  then arrive at v_free[stage]
@@ -48,21 +48,29 @@ import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import _aggregate as aggregate  # exported to Gluon programs by this name alone
 
-from kernels.attention.triton_forward import LOG2_E, differentiate, outputs, save_for_backward
+from kernels.attention.hopper_shared import (
+    FIRST_FREE_BARRIER,
+    LOAD_REGISTERS,
+    WARPGROUP,
+    arrive,
+    descriptor,
+    in_place,
+    launch,
+    multiprocessors,
+    readable_by_tma,
+    synchronise,
+)
+from kernels.attention.triton_forward import LOG2_E, outputs
 from kernels.attention.tuning import HopperTile, hopper_tile
 
 QUERIES = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
-WARPGROUP = gl.constexpr(128)  # threads
 Q_SLOTS = gl.constexpr(2)
 ITEM_FIELDS = gl.constexpr(4)  # batch, head, first query; a power of two
-FIRST_FREE_BARRIER = gl.constexpr(5)  # of the hardware's 16; Triton takes 0, 1 and one for each partition
-LOAD_REGISTERS = 24  # the least that setmaxnreg takes
+LAZY_GROWTH = gl.constexpr(8.0)  # of a row's maximum, base 2, that changes nothing: P stays below 2^8, and its relative rounding the same
 LN_2 = gl.constexpr(math.log(2))
 L2_FOR_KEYS = 32 << 20  # bytes of K and V that stay in L2 (50 MB on an H100) beside the Q and O that stream through
-GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 # What a trace notes of each tile of keys. An item is taken at its first tile and stored at its last.
 EVENTS = (
     *("item taken", "keys requested", "values requested"),
@@ -88,10 +96,11 @@ class Problem:
     HIDE_SECOND: gl.constexpr
     OVERLAP: gl.constexpr
     TURNS: gl.constexpr
+    LAZY: gl.constexpr  # the output is rescaled only for maxima that grow by more than LAZY_GROWTH
     trace: gl.tensor | gl.constexpr  # None, or where `mark` writes: int64 [programs, WARPGROUPS + 1, TRACE_TILES, EVENTS]
 
     @gluon.constexpr_function
-    def __init__(self, seq_q, seq_k, WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS, trace):
+    def __init__(self, seq_q, seq_k, WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS, LAZY, trace):
         self.seq_q = seq_q
         self.seq_k = seq_k
         self.WARPGROUPS = gl.constexpr(WARPGROUPS)
@@ -102,6 +111,7 @@ class Problem:
         self.HIDE_SECOND = gl.constexpr(HIDE_SECOND)
         self.OVERLAP = gl.constexpr(OVERLAP)
         self.TURNS = gl.constexpr(TURNS)
+        self.LAZY = gl.constexpr(LAZY)
         self.trace = gl.constexpr(None) if trace is None else trace
 
     @gluon.jit
@@ -174,21 +184,6 @@ def _note_clock(partition, warps, event):
     )
 
 
-@gluon.constexpr_function
-def _barrier_instruction(what, threads):
-    return f"bar.{what} $1, {threads}; mov.u32 $0, 0;"
-
-
-@gluon.jit
-def arrive(barrier, THREADS: gl.constexpr):
-    gl.inline_asm_elementwise(_barrier_instruction("arrive", THREADS), "=r,r,~{memory}", [barrier], gl.int32, False, 1)
-
-
-@gluon.jit
-def synchronise(barrier, THREADS: gl.constexpr):
-    gl.inline_asm_elementwise(_barrier_instruction("sync", THREADS), "=r,r,~{memory}", [barrier], gl.int32, False, 1)
-
-
 @gluon.jit
 def claim(counter):
     """Adds 1 to the counter without waiting for the old value, which `claimed` waits for (gl.atomic_add waits at once)."""
@@ -231,12 +226,33 @@ def work_item(item, heads_at_once, batch_heads, query_tiles, CAUSAL: gl.constexp
 
 
 @gluon.jit
+def request_keys(problem, shared, k_desc, batch, kv_head, first_key, step):
+    stage = step % problem.STAGES
+    if step >= problem.STAGES:
+        synchronise(problem.k_free(stage), problem.WARPGROUPS * WARPGROUP + 32)
+    problem.mark(problem.WARPGROUPS, KEYS_REQUESTED, step)
+    mbarrier.expect(shared.k_full.index(stage), k_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, [batch, kv_head, first_key, 0], shared.k_full.index(stage), shared.k.index(stage))
+
+
+@gluon.jit
+def request_values(problem, shared, v_desc, batch, kv_head, first_key, step):
+    stage = step % problem.STAGES
+    if step >= problem.STAGES:
+        synchronise(problem.v_free(stage), problem.WARPGROUPS * WARPGROUP + 32)
+    problem.mark(problem.WARPGROUPS, VALUES_REQUESTED, step)
+    mbarrier.expect(shared.v_full.index(stage), v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(v_desc, [batch, kv_head, first_key, 0], shared.v_full.index(stage), shared.v.index(stage))
+
+
+@gluon.jit
 def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
     """The loading warp. Items are handed out by a counter in global memory, which the last claim of a launch sets back to 0."""
-    STAGES: gl.constexpr = problem.STAGES
     WARPGROUPS: gl.constexpr = problem.WARPGROUPS
     THREADS: gl.constexpr = WARPGROUPS * WARPGROUP + 32
     TILE: gl.constexpr = WARPGROUPS * QUERIES
+    # With two stages the keys' place is free long before the values' of the tile before, which then must not be waited for first.
+    KEYS_AHEAD: gl.constexpr = problem.STAGES == 2
     heads = q_desc.shape[1]
     group = heads // k_desc.shape[1]
     batch_heads = q_desc.shape[0] * heads
@@ -244,10 +260,10 @@ def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
     items = batch_heads * query_tiles
 
     item = gl.program_id(0)
+    batch_head, query_tile = work_item(item, heads_at_once, batch_heads, query_tiles, problem.CAUSAL)
     taken = 0  # items, of which Q's slot and phase follow
     step = 0  # tiles of keys of all items, of which K's and V's stage and phase follow
     while item < items:
-        batch_head, query_tile = work_item(item, heads_at_once, batch_heads, query_tiles, problem.CAUSAL)
         batch = batch_head // heads
         head = batch_head % heads
         first_query = query_tile * TILE
@@ -262,22 +278,21 @@ def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
             tma.async_copy_global_to_shared(q_desc, [batch, head, first_query + i * QUERIES, 0], shared.q_full.index(slot), q_MD)
         ticket = claim(counter)
         tiles = problem.key_tiles(first_query, TILE)
+        kv_head = head // group
+        if KEYS_AHEAD:
+            request_keys(problem, shared, k_desc, batch, kv_head, (tiles - 1) * problem.KEYS, step)
         for i in range(tiles):
-            stage = step % STAGES
-            place = [batch, head // group, (tiles - 1 - i) * problem.KEYS, 0]
-            if step >= STAGES:
-                synchronise(problem.k_free(stage), THREADS)
-            problem.mark(WARPGROUPS, KEYS_REQUESTED, step)
-            mbarrier.expect(shared.k_full.index(stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, place, shared.k_full.index(stage), shared.k.index(stage))
-            if step >= STAGES:
-                synchronise(problem.v_free(stage), THREADS)
-            problem.mark(WARPGROUPS, VALUES_REQUESTED, step)
-            mbarrier.expect(shared.v_full.index(stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, place, shared.v_full.index(stage), shared.v.index(stage))
+            first_key = (tiles - 1 - i) * problem.KEYS
+            if not KEYS_AHEAD:
+                request_keys(problem, shared, k_desc, batch, kv_head, first_key, step)
+            elif i + 1 < tiles:
+                request_keys(problem, shared, k_desc, batch, kv_head, first_key - problem.KEYS, step + 1)
+            request_values(problem, shared, v_desc, batch, kv_head, first_key, step)
             step += 1
+            if i == 0:  # divisions take long, and now there is time
+                item = gl.num_programs(0) + claimed(ticket)
+                batch_head, query_tile = work_item(item, heads_at_once, batch_heads, query_tiles, problem.CAUSAL)
         taken += 1
-        item = gl.num_programs(0) + claimed(ticket)
 
     slot = taken % Q_SLOTS
     if taken >= Q_SLOTS:
@@ -288,18 +303,30 @@ def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
         gl.store(counter, 0)
 
 
+@gluon.constexpr_function
+def _hide_after(n):
+    """-inf for those of n scores, in pairs of the thread's two rows by turns, that come after the row's last key, $2n of the first two."""
+    hidden = " ".join(f"setp.lt.s32 hidden, last{i // 2 % 2}, {i // 4 * 8 + i % 2}; @hidden mov.f32 ${i}, 0fFF800000;" for i in range(n))
+    return (
+        "{ .reg .pred hidden; .reg .s32 first, last0, last1; mov.u32 first, %laneid; and.b32 first, first, 3; shl.b32 first, first, 1;"
+        f" sub.s32 last0, ${2 * n}, first; sub.s32 last1, ${2 * n + 2}, first; {hidden} }}"
+    )
+
+
 @gluon.jit
 def hide(s_MN, first_query, first_key, problem):
-    """-inf for the scores of keys that a query must not see: those after it, or those past the end."""
+    """-inf for the scores of keys that a query must not see: those after it, or those past the end.
+
+    In assembly, which says where the comparisons are: the compiler makes them before the scores are there, and keeps them as bits.
+    """
     layout: gl.constexpr = s_MN.type.layout
-    if not problem.CAUSAL:
-        # The tile is the same in every item. Were the compiler to know, it would compare beforehand and keep, and spill, what comes of it.
-        first_key = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [first_key], gl.int32, False, 1)
-    key_N = first_key + gl.arange(0, problem.KEYS, gl.SliceLayout(0, layout))
+    N: gl.constexpr = QUERIES * problem.KEYS // WARPGROUP  # scores of a thread
     if problem.CAUSAL:
-        last_M = first_query + (problem.seq_k - problem.seq_q) + gl.arange(0, QUERIES, gl.SliceLayout(1, layout))
-        return gl.where(gl.expand_dims(key_N, 0) <= gl.expand_dims(last_M, 1), s_MN, float("-inf"))
-    return gl.where(gl.expand_dims(key_N < problem.seq_k, 0), s_MN, float("-inf"))
+        last_M = first_query + (problem.seq_k - problem.seq_q) - first_key + gl.arange(0, QUERIES, gl.SliceLayout(1, layout))
+    else:
+        last_M = problem.seq_k - 1 - first_key + gl.full([QUERIES], 0, gl.int32, gl.SliceLayout(1, layout))
+    s_MN, last_MN = gl.broadcast(s_MN, gl.expand_dims(last_M, 1))
+    return gl.inline_asm_elementwise(_hide_after(N), in_place(N, "r"), [s_MN, last_MN], gl.float32, True, N)
 
 
 @gluon.jit
@@ -311,6 +338,24 @@ def sum_apart(p_MN):
 @gluon.jit
 def times_rows(x, factor_M):
     return x * gl.expand_dims(gl.convert_layout(factor_M, gl.SliceLayout(1, x.type.layout)), 1)
+
+
+@gluon.constexpr_function
+def _multiply_unless_all_are_1(n):
+    """n floats, in pairs of the thread's two rows by turns, by their rows' factors, $2n of the first two; not where these are 1 in the whole warp."""
+    products = " ".join(f"mul.f32 ${i}, ${i}, ${2 * n + i // 2 % 2 * 2};" for i in range(n))
+    return (
+        f"{{ .reg .pred some; setp.ne.f32 some, ${2 * n}, 0f3F800000; setp.ne.or.f32 some, ${2 * n + 2}, 0f3F800000, some;"
+        f" vote.sync.any.pred some, some, 0xffffffff; @!some bra.uni done; {products} done: }}"
+    )
+
+
+@gluon.jit
+def times_rows_if_needed(x, factor_M):
+    """times_rows, which most warps pass by when few factors differ from 1."""
+    N: gl.constexpr = x.type.shape[0] * x.type.shape[1] // WARPGROUP  # elements of a thread
+    x, factor = gl.broadcast(x, gl.expand_dims(gl.convert_layout(factor_M, gl.SliceLayout(1, x.type.layout)), 1))
+    return gl.inline_asm_elementwise(_multiply_unless_all_are_1(N), in_place(N, "f"), [x, factor], gl.float32, True, N)
 
 
 @gluon.jit
@@ -402,6 +447,8 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
                 if i == 1:
                     s_MN = hide(s_MN, first_query, (tiles - 2) * KEYS, problem)
             new_max_M = gl.maximum(max_M, gl.max(s_MN, 1) * scale_log2)
+            if problem.LAZY:
+                new_max_M = gl.where(new_max_M > max_M + LAZY_GROWTH, new_max_M, max_M)
             rescale_M = gl.exp2(max_M - new_max_M)
             exp_MN = gl.exp2(s_MN * scale_log2 - gl.expand_dims(new_max_M, 1))
             sum_M4 = times_rows(sum_M4, rescale_M) + sum_apart(exp_MN)
@@ -413,7 +460,7 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
                 acc_MD = warpgroup_mma_wait(0, deps=(output,))
                 problem.mark(INDEX, OUTPUT_READY, step - 1)
                 arrive(problem.v_free(v_stage), THREADS)
-            acc_MD = times_rows(acc_MD, rescale_M)
+            acc_MD = times_rows_if_needed(acc_MD, rescale_M) if problem.LAZY else times_rows(acc_MD, rescale_M)
             p_MN = gl.convert_layout(exp_MN.to(out_desc.dtype), p_layout)
         arrive(problem.q_free(slot), THREADS)
 
@@ -451,14 +498,14 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
 def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, lse, counter, trace, scale_log2, heads_at_once,
     WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, LOAD_REGISTERS: gl.constexpr,
-    CAUSAL: gl.constexpr, HIDE_FIRST: gl.constexpr, HIDE_SECOND: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr,
+    CAUSAL: gl.constexpr, HIDE_FIRST: gl.constexpr, HIDE_SECOND: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     """Allocates shared memory, initialises the full barriers and starts the partitions. Descriptors are [batch, heads, seq, head_dim]."""
     KEYS: gl.constexpr = k_desc.block_type.shape[2]
     if trace is not None:
         trace += gl.program_id(0) * (WARPGROUPS + 1) * TRACE_TILES * EVENT_COUNT
     problem = Problem(
-        q_desc.shape[2], k_desc.shape[2], WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS, trace
+        q_desc.shape[2], k_desc.shape[2], WARPGROUPS, KEYS, STAGES, CAUSAL, HIDE_FIRST, HIDE_SECOND, OVERLAP, TURNS, LAZY, trace
     )  # fmt: skip
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     shared = Shared(
@@ -504,6 +551,7 @@ class Constants(NamedTuple):
     HIDE_SECOND: bool
     OVERLAP: bool
     TURNS: bool
+    LAZY: bool
 
 
 @cache
@@ -518,36 +566,8 @@ def constants(tile: HopperTile, causal: bool, seq_q: int, seq_k: int) -> Constan
         CAUSAL=causal,
         HIDE_FIRST=causal or seq_k % tile.keys != 0,
         HIDE_SECOND=causal and (seq_k - seq_q) % 64 != 0,  # then the diagonal of 64 queries may cross from one tile of keys to the next
-        OVERLAP=tile.overlap, TURNS=tile.turns,
+        OVERLAP=tile.overlap, TURNS=tile.turns, LAZY=tile.lazy,
     )  # fmt: skip
-
-
-class _Descriptor(TensorDescriptor):
-    """Without the checks, 4 microseconds each time: `_readable_by_tma` has seen to what they check."""
-
-    def __post_init__(self):
-        pass
-
-
-@cache
-def shared_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], GLUON_TYPES[dtype])
-
-
-def _descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA's view of [batch, seq, heads, head_dim] as [batch, heads, seq, head_dim], in boxes of `rows` rows of one head."""
-    batch, seq, heads, head_dim = x.shape
-    of_batch, of_seq, of_heads, _ = x.stride()
-    layout = shared_layout(rows, head_dim, x.dtype)
-    return _Descriptor(x, [batch, heads, seq, head_dim], [of_batch, of_heads, of_seq, 1], [1, 1, rows, head_dim], layout)
-
-
-def _readable_by_tma(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy where its rows do not start at multiples of 16 bytes, 8 elements."""
-    of_batch, of_seq, of_heads, of_head_dim = x.stride()
-    if (of_batch | of_seq | of_heads) % 8 == 0 and of_head_dim == 1 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 _counters: dict[tuple[int, int], torch.Tensor] = {}
@@ -564,27 +584,6 @@ def _work_counter(device: torch.device) -> torch.Tensor:
     return _counters[key]
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
-
-
-def _launch(programs: int, q, k, v, out, lse, trace, scale_log2: float, heads_at_once: int, tile: HopperTile, of: Constants) -> None:
-    """Finds the compiled kernel by all that it depends on, which takes Triton some 30 microseconds longer."""
-    arguments = (
-        _descriptor(q, QUERIES.value), _descriptor(k, tile.keys), _descriptor(v, tile.keys), _descriptor(out, QUERIES.value),
-        lse, _work_counter(q.device), trace, scale_log2, heads_at_once, *of,
-    )  # fmt: skip
-    key = q.device.index, q.dtype, q.shape[3], tile, of, trace is None
-    if key in _compiled:
-        _compiled[key][(programs, 1, 1)](*arguments)
-    else:
-        _compiled[key] = forward_kernel[(programs, 1, 1)](*arguments, **compile_options(tile))
-
-
 def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_forward` past the dispatcher; with a `new_trace`, the kernel that fills it."""
     out, lse = outputs(q, k, v, causal, scale)
@@ -596,11 +595,16 @@ def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | No
         return out, lse
     tile = hopper_tile(head_dim, causal, seq_q, seq_k)
     items = batch * heads * triton.cdiv(seq_q, tile.warpgroups * QUERIES.value)
-    programs = min(items, tile.programs * _multiprocessors(q.device))
+    programs = min(items, tile.programs * multiprocessors(q.device))
     heads_at_once = max(1, L2_FOR_KEYS // (4 * seq_k * head_dim)) * (heads // kv_heads)  # 4: two bytes in K, two in V
-    q, k, v = _readable_by_tma(q), _readable_by_tma(k), _readable_by_tma(v)
+    q, k, v = readable_by_tma(q), readable_by_tma(k), readable_by_tma(v)
+    of = constants(tile, causal, seq_q, seq_k)
+    arguments = (
+        descriptor(q, QUERIES.value), descriptor(k, tile.keys), descriptor(v, tile.keys), descriptor(out, QUERIES.value),
+        lse, _work_counter(q.device), trace, scale * LOG2_E, heads_at_once, *of,
+    )  # fmt: skip
     with torch.cuda.device_of(q):
-        _launch(programs, q, k, v, out, lse, trace, scale * LOG2_E, heads_at_once, tile, constants(tile, causal, seq_q, seq_k))
+        launch(forward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, tile, of, trace is None), compile_options(tile))
     return out, lse
 
 
@@ -612,19 +616,40 @@ def new_trace(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
     tile = hopper_tile(q.shape[3], causal, q.shape[1], k.shape[1])
     if not tile.overlap:
         raise ValueError("no trace of a kernel without overlap (head_dim 64, causal, up to 2048 keys or an odd diagonal): take longer rows")
-    shape = _multiprocessors(q.device), tile.warpgroups + 1, TRACE_TILES.value, len(EVENTS)
+    shape = multiprocessors(q.device), tile.warpgroups + 1, TRACE_TILES.value, len(EVENTS)
     return torch.zeros(shape, dtype=torch.int64, device=q.device)
 
 
 @torch.library.custom_op("recipe::hopper_attention_forward", mutates_args=())
-def attention_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, deterministic: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
 
     float16 or bfloat16, head_dim 64 or 128. Strided tensors are read in place where TMA can: every row aligned to 16 bytes, the last
-    dimension dense; others are copied.
+    dimension dense; others are copied. deterministic: the gradients come from the portable kernels, which add up in a fixed order.
     """
     return launch_forward(q, k, v, causal, scale)
 
 
 attention_forward.register_fake(outputs)
-attention_forward.register_autograd(differentiate, setup_context=save_for_backward)
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.causal, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout, dlse):
+    q, k, v, out, lse = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    if ctx.deterministic:
+        from kernels.attention.triton_backward import attention_backward
+    else:
+        from kernels.attention.hopper_backward import attention_backward
+    dq, dk, dv, *_ = attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale)
+    return dq, dk, dv, None, None, None
+
+
+attention_forward.register_autograd(_differentiate, setup_context=_save_for_backward)

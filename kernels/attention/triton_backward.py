@@ -36,12 +36,15 @@ ROWS_PER_PROGRAM = 64  # of the first kernel, which is bound by memory alone
 @triton.jit
 def row_kernel(
     dout, dlse, out, lse, lse_log2, delta,
-    heads, seq_q, log2_e,
+    heads, seq_q, rows, log2_e,
     dout_batch, dout_row, dout_head, out_batch, out_row, out_head,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """lse_log2 = L log2(e) and delta = rowsum(dO * O) - dL (0 where L is -inf), both [batch, heads, seq_q] float32; dlse may be None."""
-    tiles = tl.cdiv(seq_q, BLOCK_M)
+    """lse_log2 = L log2(e) and delta = rowsum(dO * O) - dL (0 where L is -inf), both [batch, heads, rows] float32, 0 from seq_q on.
+
+    dlse may be None.
+    """
+    tiles = tl.cdiv(rows, BLOCK_M)
     first_query = tl.program_id(0) % tiles * BLOCK_M
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
@@ -53,11 +56,12 @@ def row_kernel(
     row_M = batch_head * seq_q + query_M
     if dlse is not None:
         delta_M -= tl.load(dlse + row_M, mask=query_M < seq_q, other=0.0)
-    lse_M = tl.load(lse + row_M, mask=query_M < seq_q)
+    lse_M = tl.load(lse + row_M, mask=query_M < seq_q, other=0.0)
     # A query that saw nothing has P = 0, but 0 * NaN is NaN, and the gradient of its -inf may be that (logaddexp's is).
     delta_M = tl.where(lse_M == -float("inf"), 0.0, delta_M)
-    tl.store(delta + row_M, delta_M, mask=query_M < seq_q)
-    tl.store(lse_log2 + row_M, lse_M * log2_e, mask=query_M < seq_q)
+    row_M = batch_head * rows + query_M
+    tl.store(delta + row_M, delta_M, mask=query_M < rows)
+    tl.store(lse_log2 + row_M, lse_M * log2_e, mask=query_M < rows)
 
 
 @triton.jit
@@ -264,25 +268,31 @@ def dq_kernel(
     store_rows(dq + batch * dq_batch + head * dq_head, dq_row, first_query, seq_q, dq_MD * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
+def launch_rows(dout, dlse, out, lse, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lse_log2, delta), float32 [batch, heads, rows], rows at least seq_q; the last dimensions of dout and out are dense."""
+    batch, seq_q, heads, value_dim = out.shape
+    lse_log2, delta = (torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device) for _ in range(2))
+    row_kernel[(blocks(rows, ROWS_PER_PROGRAM) * batch * heads,)](
+        dout, None if dlse is None else dlse.contiguous(), out, lse, lse_log2, delta,
+        heads, seq_q, rows, LOG2_E,
+        *strides(dout), *strides(out),
+        *widths(value_dim, value_dim)[2:], ROWS_PER_PROGRAM,
+    )  # fmt: skip
+    return lse_log2, delta
+
+
 def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, features: Features, dq, dk, dv) -> torch.Tensor:
     """Writes dq, dk and dv, whose last dimensions are dense; returns the sinks' gradient, float32 [heads], empty without sinks."""
     q, k, v, dout, out = (dense_rows(x) for x in (q, k, v, dout, out))
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads, value_dim = v.shape[1:]
     lse = lse.contiguous()
-    lse_log2, delta = torch.empty_like(lse), torch.empty_like(lse)
     pointers, numbers, causal, score_features = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
     width = widths(head_dim, value_dim)
     group, precision, widest = heads // kv_heads, dot_precision(q.dtype), max(head_dim, value_dim)
 
     with torch.cuda.device_of(q):
-        row_kernel[(blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads,)](
-            dout, None if dlse is None else dlse.contiguous(), out, lse, lse_log2, delta,
-            heads, seq_q, LOG2_E,
-            *strides(dout), *strides(out),
-            *width[2:], ROWS_PER_PROGRAM,
-        )  # fmt: skip
-
+        lse_log2, delta = launch_rows(dout, dlse, out, lse, seq_q)
         block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features)
         dkdv_kernel[(blocks(seq_k, block_n) * batch * kv_heads,)](
             q, k, v, dout, lse_log2, delta, dk, dv, *pointers,

@@ -22,6 +22,7 @@ class HopperTile(NamedTuple):
     programs: int  # that share a multiprocessor
     overlap: bool  # the softmax of a tile runs under the matrix products of the one before
     turns: bool  # the warpgroups issue their products in turn
+    lazy: bool  # the output is rescaled only where a row's maximum grows by much
 
     def registers(self, load: int) -> tuple[int, int]:
         """(of a computing thread once the loading warpgroup has shrunk to `load` registers a thread, of every thread at the start)."""
@@ -111,8 +112,8 @@ def hopper_tile(head_dim: int, causal: bool, seq_q: int, seq_k: int) -> HopperTi
     diagonal_crosses_tiles = causal and (seq_k - seq_q) % 64 != 0  # needs a second mask, and registers for it
     if head_dim == 64:
         if causal and (seq_k <= 2048 or diagonal_crosses_tiles):
-            return HopperTile(warpgroups=2, keys=64, stages=3, programs=2, overlap=False, turns=False)
-        return HopperTile(warpgroups=3, keys=128, stages=3, programs=1, overlap=True, turns=True)
+            return HopperTile(warpgroups=2, keys=64, stages=3, programs=2, overlap=False, turns=False, lazy=False)
+        return HopperTile(warpgroups=3, keys=128, stages=3, programs=1, overlap=True, turns=True, lazy=False)
     if causal and seq_k <= 512:
-        return HopperTile(warpgroups=2, keys=64, stages=4, programs=1, overlap=True, turns=False)
-    return HopperTile(warpgroups=2, keys=128, stages=2, programs=1, overlap=True, turns=False)
+        return HopperTile(warpgroups=2, keys=64, stages=4, programs=1, overlap=True, turns=False, lazy=True)
+    return HopperTile(warpgroups=2, keys=128, stages=2, programs=1, overlap=True, turns=False, lazy=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from comparison import Case, check, fresh_seed
+from comparison import Case, check, fresh_seed, run
 from test_triton import outputs, start
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -67,15 +67,46 @@ def test_the_exponentials_run_under_a_matrix_product(compiled):
 
 
 def test_the_clock_is_read_where_a_trace_says_and_nowhere_without_one(compiled):
-    """Of a warpgroup five times in the loop and seven outside it, of the loading warp three times."""
+    """Of a warpgroup five times in the loop and seven outside it, of the loading warp three times or, in an item's first round, a few more."""
     in_the_loop = "clock product clock product wait1 clock exponential clock wait0 clock".split()
     for row in compiled:
         if not row["case"].endswith("traced"):
             assert row["clocks"] == 0, row["case"]
             continue
         warpgroups = row["tile"]["warpgroups"]
-        assert row["clocks"] == 12 * warpgroups + 3, row["case"]
+        assert row["clocks"] - 12 * warpgroups in range(3, 8), row["case"]
         assert sum(loop["order"] == in_the_loop for loop in row["loops"]) == warpgroups, (row["case"], row["loops"])
+
+
+@pytest.fixture(scope="module")
+def compiled_backward(tmp_path_factory) -> list[dict]:
+    cases = [f"bfloat16,{head_dim},{mask},4096,4096,backward" for head_dim in (64, 128) for mask in ("causal", "full")]
+    cases += ["float16,64,full,4096,4000,backward", "float16,128,causal,4096,4000,backward", "bfloat16,128,causal,4096,4096,grouped"]
+    text = outputs(start([str(HERE / "compile_hopper.py"), *cases], tmp_path_factory.mktemp("triton"), interpret=False))[0]
+    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert [row["case"] for row in rows] == cases
+    return rows
+
+
+# Of a thread's 240 registers dK and dV, P and dP take 192, and at head_dim 64, whose tile has twice the queries, the packed P 32 more.
+BACKWARD_SPILLS = {64: 35, 128: 4}
+
+
+def test_the_backward_fits(compiled_backward):
+    for row in compiled_backward:
+        assert row["shared"] + 1024 <= SHARED_MEMORY, row["case"]
+        assert {24, 240} <= set(row["set_registers"]), row["case"]
+        allowed = BACKWARD_SPILLS[tile_arguments(row["case"])["head_dim"]]
+        assert all(loop["spills"] <= allowed for loop in row["loops"] if len(loop["waits"]) == 4), (row["case"], row["loops"])
+
+
+def test_the_backwards_exponentials_and_differences_run_under_matrix_products(compiled_backward):
+    """The loops of each warpgroup: the exponentials under dP, dS under dV, the store of dQ under dK."""
+    order = "product wait1 exponential product wait1 product wait1 wait0".split()
+    for row in compiled_backward:
+        exponentials = {64: 64, 128: 32}[tile_arguments(row["case"])["head_dim"]]
+        expected = dict(products=32, waits=[1, 1, 1, 0], exponentials=exponentials, under_product=exponentials, order=order)
+        assert sum(expected.items() <= loop.items() for loop in row["loops"]) >= 2, (row["case"], row["loops"])
 
 
 def tile_arguments(case: str) -> dict:
@@ -83,16 +114,17 @@ def tile_arguments(case: str) -> dict:
     return dict(head_dim=int(head_dim), causal=mask == "causal", seq_q=int(seq_q), seq_k=int(seq_k))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("of_lse", [False, True])
-def test_the_gradients_fit_the_inputs(of_lse):
-    """The autograd formula hands what it has to Triton's backward and takes what that returns: on tensors without data."""
+def test_the_gradients_fit_the_inputs(of_lse, deterministic):
+    """The autograd formula hands what it has to the backward, ours or Triton's, and takes what that returns: on tensors without data."""
     pytest.importorskip("triton")
     from kernels.attention.hopper_forward import attention_forward
 
     with FakeTensorMode():
         q = torch.empty(2, 100, 4, 64, dtype=torch.bfloat16, requires_grad=True)
         k, v = torch.empty(2, 2, 300, 2, 64, dtype=torch.bfloat16, requires_grad=True).unbind()
-        out, lse = attention_forward(q, k, v, True, 0.125)
+        out, lse = attention_forward(q, k, v, True, 0.125, deterministic)
         assert (out.shape, out.dtype, lse.shape, lse.dtype) == (q.shape, q.dtype, (2, 4, 100), torch.float32)
         gradients = torch.autograd.grad([out.sum()] + [lse.sum()] * of_lse, (q, k, v))
     assert [(x.shape, x.dtype) for x in gradients] == [(x.shape, x.dtype) for x in (q, k, v)]
@@ -147,10 +179,38 @@ def test_grouped_and_multi_query_heads(heads, kv_heads):
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_gradients(head_dim):
-    check("hopper", gpu_case(700, 700, head_dim=head_dim), with_lse=True)
-    check("hopper", gpu_case(300, 700, head_dim=head_dim, causal=False))
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients(head_dim, causal, dtype):
+    for seq_q, seq_k in LENGTHS:
+        check("hopper", gpu_case(seq_q, seq_k, head_dim=head_dim, causal=causal, dtype=dtype), with_lse=True)
+    check("hopper", gpu_case(700, 700, head_dim=head_dim, causal=causal, dtype=dtype))
+
+
+@gpu
+@pytest.mark.parametrize("heads, kv_heads", [(8, 8), (8, 2), (6, 1)])
+def test_gradients_of_grouped_and_multi_query_heads(heads, kv_heads):
+    for head_dim, causal in itertools.product((64, 128), (True, False)):
+        check("hopper", gpu_case(700, 600, heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, scale=0.3), with_lse=True)
+
+
+@gpu
+def test_gradients_the_same_bits_every_time_when_asked():
+    for head_dim in (64, 128):
+        case = gpu_case(2048, 2048, heads=16, head_dim=head_dim, deterministic=True)
+        tensors = case.tensors(fresh_seed())[:4]
+        first, second = (run("hopper", case, *tensors) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@gpu
+def test_gradients_of_scores_far_from_zero():
+    """Keys past the end have the score 0, and exp2(0 - lse) of a row whose scores are all far below it is infinite."""
+    case = gpu_case(300, 300)
+    q, k, v, dout, _ = case.tensors(fresh_seed())
+    k = q[:, :, :2] * -3  # each query against itself: far below 0, where the row has no other key
+    check("hopper", case, tensors=(q, k, v, dout, None))
 
 
 @gpu
@@ -213,7 +273,7 @@ def test_compiles_without_a_graph_break():
     compiled, expected = torch.compile(doubled, fullgraph=True)(*inputs), doubled(*inputs)
     assert torch.equal(compiled, expected)
     for got, wanted in zip(torch.autograd.grad(compiled, inputs, dout), torch.autograd.grad(expected, inputs, dout)):
-        assert torch.equal(got, wanted)
+        torch.testing.assert_close(got, wanted)  # dQ is added up in any order
 
 
 @gpu
@@ -257,6 +317,46 @@ def test_a_trace_changes_nothing_and_its_clocks_rise(head_dim, causal):
         issued = clocks[clocks > 0]
         assert len(issued) > 30 and (issued.diff() > 0).all()
     assert (events["scores issued"][:, 0] > events["keys requested"][:, -1])[events["scores issued"][:, 0] > 0].all()
+
+
+@gpu
+@pytest.mark.timeout(300)
+def test_thousands_of_backward_launches_of_random_shapes_beside_other_work():
+    """dK and dV have the same bits from launch to launch, dQ, whose sums are made in any order, nearly so."""
+    seed = fresh_seed()
+    chance = random.Random(seed)
+    generator = torch.Generator("cuda").manual_seed(seed)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    beside = torch.cuda.Stream()
+    matrix = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    launches = 0
+    while launches < 2000:
+        kv_heads = chance.randint(1, 3)
+        batch, heads = chance.randint(1, 3), kv_heads * chance.randint(1, 3)
+        head_dim, causal = chance.choice([64, 128]), chance.random() < 0.5
+        seq_q = chance.choice([chance.randint(1, 200), chance.randint(1, 1500), 64 * chance.randint(1, 24)])
+        seq_k = seq_q if chance.random() < 0.5 else chance.randint(1, 1500)
+        shapes = [(batch, seq_q, heads, head_dim), (batch, seq_k, kv_heads, head_dim), (batch, seq_k, kv_heads, head_dim)]
+        inputs = [torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+        dout = torch.randn(shapes[0], generator=generator, device="cuda").bfloat16()
+        exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
+        exact = torch.autograd.grad(attention(*exact_inputs, causal=causal, backend="eager"), exact_inputs, dout.float())
+        out = attention(*inputs, causal=causal, backend="hopper")
+        torch.cuda.synchronize()
+        results = []
+        for _ in range(5):
+            with torch.cuda.stream(beside):
+                matrix @ matrix
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    results.append(torch.autograd.grad(out, inputs, dout, retain_graph=True))
+        torch.cuda.synchronize()
+        launches += len(results)
+        what = f"{shapes} causal={causal}"
+        for got in results:
+            for name, x, wanted in zip("qkv", got, exact, strict=True):
+                assert (x - wanted).norm() <= 1e-2 * wanted.norm() + 1e-6, f"d{name} of {what}"
+            assert torch.equal(got[1], results[0][1]) and torch.equal(got[2], results[0][2]), what
 
 
 @gpu

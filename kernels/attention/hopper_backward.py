@@ -1,0 +1,526 @@
+"""FlashAttention backward for Hopper (sm_90a) in Gluon: `recipe::hopper_attention_backward`. `reference.tiled` is its specification.
+
+A program computes dK and dV of 128 keys of one key head, over all query heads that share it: one warp loads, two warpgroups of 4 warps compute, 64
+keys each. A step is one tile of queries (64 at head_dim 128, 128 at 64). Five products a step, S and dP transposed, so that P and dS are left
+operands as they stand; dQ needs the keys of both warpgroups, and of all programs: it is summed up in float32 in global memory by TMA.
+
+      load, one warp                    shared memory                          compute, each warpgroup
+
+    TMA: K, V  ------------------->  k, v            -- keys_full ------>
+    for each tile of queries i:
+      wait free[slot]
+      TMA: Q, log-sum-exp  ------->  q[2], lse[2]    -- q_full[slot] --->   S = K Q^T             on the matrix units: S
+      TMA: dO, delta  ------------>  dout[2], delta[2]  -- dout_full --->   dP = V dO^T                                dP
+                                                                            P = exp2(S - lse)     under dP
+                                                                            dV += P dO                                 dV
+                                                                            dS = P (dP - delta)   under dV
+                                     ds[3]  <---------------------------    dS of 64 keys, half a slot
+                                     ds[3]  -- ds_ready[other] --------->   dQ of i - 1           (all 128 keys)       dQ
+                                                                            dK += dS Q                                 dK
+                                     dq[warpgroup]  <-------------------    dQ of i - 1: TMA adds it to global memory  under dK
+                                                                            arrive at free[slot]
+
+The full barriers are mbarriers, whose phase follows from the step, as in the forward. `free` and `ds_ready` are the hardware's named barriers.
+dQ of step i - 1 is computed in step i, when dS of the other warpgroup has long been ready: the two may drift apart by almost a step. ds_ready has
+two barriers a warpgroup, for even and odd steps. Three slots of dS suffice: a warpgroup writes slot i % 3 after it has seen the other's
+dS of i - 1, which the other stored after its own dQ of i - 3, the last to read that slot.
+
+dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128).
+
+Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own. Full attention
+starts each program at another tile, so that the programs of a head add to different rows of dQ at any time; causal attention starts the programs
+with the most queries first, over heads whose tensors L2 holds together.
+
+Names carry their shape: M queries of a tile, N the 64 keys of a warpgroup, D head_dim.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.core import _aggregate as aggregate  # exported to Gluon programs by this name alone
+
+from kernels.attention.hopper_shared import (
+    FIRST_FREE_BARRIER,
+    LOAD_REGISTERS,
+    WARPGROUP,
+    Descriptor,
+    arrive,
+    descriptor,
+    in_place,
+    launch,
+    readable_by_tma,
+    synchronise,
+)
+from kernels.attention.triton_backward import ROWS_PER_PROGRAM, launch_rows
+from kernels.attention.triton_forward import LOG2_E, blocks, dense_rows, strides
+from kernels.attention.triton_tiles import store_rows
+
+WARPGROUPS = gl.constexpr(2)
+KEYS = gl.constexpr(128)  # of a program
+OWN_KEYS = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
+STAGES = gl.constexpr(2)  # tiles of queries in shared memory
+DS_SLOTS = gl.constexpr(3)
+DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
+COMPUTE_REGISTERS, REGISTERS_AT_START = 240, 168  # 2 * 128 * 240 + 128 * 24 is all of 65536 that is left of 384 * 168
+L2_FOR_A_GROUP = 32 << 20  # bytes of the tensors of heads that are computed together
+FREE = gl.constexpr(FIRST_FREE_BARRIER.value)  # of the hardware's named barriers: one a stage,
+DS_READY = gl.constexpr(FREE.value + STAGES.value)  # two a warpgroup,
+ALL_DONE = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # and one for the end
+STAGGER = gl.constexpr(False)  # the second warpgroup starts when the first has its first scores
+LOADING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value + 32)  # threads that meet at `free`
+COMPUTING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value)
+
+
+@builtin
+def tma_reduce_add(desc, coord, src, _semantic=None):
+    """Adds a tile in shared memory to global memory, asynchronously; Gluon has it in its compiler and not in its language."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@aggregate
+class Problem:
+    """What every partition knows: which keys, and the tiles of queries that see them, from first_tile on, the first `masked` of them in part."""
+
+    batch: gl.tensor
+    kv_head: gl.tensor
+    first_head: gl.tensor  # of the query heads that share the key head, counted over the batch
+    first_key: gl.tensor
+    first_tile: gl.tensor
+    tiles: gl.tensor
+    all_tiles: gl.tensor  # of queries, in the sequence
+    masked: gl.tensor
+    seq_q: gl.tensor
+    seq_k: gl.tensor
+    GROUP: gl.constexpr  # how many they are
+    QUERIES: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    CAUSAL: gl.constexpr
+    TAIL: gl.constexpr  # the last keys' tile is not full
+
+    @gluon.constexpr_function
+    def __init__(self, batch, kv_head, first_head, first_key, first_tile, tiles, all_tiles, masked, seq_q, seq_k, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
+        self.batch = batch
+        self.kv_head = kv_head
+        self.first_head = first_head
+        self.first_key = first_key
+        self.first_tile = first_tile
+        self.tiles = tiles
+        self.all_tiles = all_tiles
+        self.masked = masked
+        self.seq_q = seq_q
+        self.seq_k = seq_k
+        self.GROUP = gl.constexpr(GROUP)
+        self.QUERIES = gl.constexpr(QUERIES)
+        self.HEAD_DIM = gl.constexpr(HEAD_DIM)
+        self.CAUSAL = gl.constexpr(CAUSAL)
+        self.TAIL = gl.constexpr(TAIL)
+
+    @gluon.jit
+    def first_query(self, i):
+        """Of the program's i-th tile."""
+        tile = self.first_tile + i
+        if not self.CAUSAL:
+            tile = gl.where(tile >= self.all_tiles, tile - self.all_tiles, tile)
+        return tile * self.QUERIES
+
+
+@aggregate
+class Shared:
+    """Shared memory: tiles and full barriers. The leading dimension counts slots, that of dq warpgroups."""
+
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+    keys_full: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    dout_full: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, dout, lse, delta, k, v, ds, dq, keys_full, q_full, dout_full):
+        self.q = q
+        self.dout = dout
+        self.lse = lse
+        self.delta = delta
+        self.k = k
+        self.v = v
+        self.ds = ds
+        self.dq = dq
+        self.keys_full = keys_full
+        self.q_full = q_full
+        self.dout_full = dout_full
+
+
+@gluon.jit
+def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc):
+    """The loading warp."""
+    keys = [problem.batch, problem.kv_head, problem.first_key, 0]
+    mbarrier.expect(shared.keys_full.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_desc, keys, shared.keys_full.index(0), shared.k.index(0))
+    tma.async_copy_global_to_shared(v_desc, keys, shared.keys_full.index(0), shared.v.index(0))
+    step = 0
+    for member in range(problem.GROUP):
+        head = problem.first_head + member
+        first_row = head * problem.all_tiles * problem.QUERIES
+        for i in range(problem.tiles):
+            slot = step % STAGES
+            first_query = problem.first_query(i)
+            place = [problem.batch, head - problem.batch * q_desc.shape[1], first_query, 0]
+            if step >= STAGES:
+                synchronise(FREE + slot, LOADING)
+            q_full = shared.q_full.index(slot)
+            mbarrier.expect(q_full, q_desc.block_type.nbytes + 4 * problem.QUERIES)
+            tma.async_copy_global_to_shared(q_desc, place, q_full, shared.q.index(slot))
+            tma.async_copy_global_to_shared(lse_desc, [first_row + first_query], q_full, shared.lse.index(slot))
+            dout_full = shared.dout_full.index(slot)
+            mbarrier.expect(dout_full, dout_desc.block_type.nbytes + 4 * problem.QUERIES)
+            tma.async_copy_global_to_shared(dout_desc, place, dout_full, shared.dout.index(slot))
+            tma.async_copy_global_to_shared(delta_desc, [first_row + first_query], dout_full, shared.delta.index(slot))
+            step += 1
+
+
+@gluon.jit
+def arrive_in_first_step(step):
+    """At ALL_DONE, which is free until the end."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred first; setp.eq.s32 first, $2, 0; @first bar.arrive $1, 256; mov.u32 $0, 0; }",
+        "=r,r,r,~{memory}", [ALL_DONE, step], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def unknown(i):
+    """i, of which the compiler knows nothing more: it then keeps one address where it would keep a register for each tile of a fixed buffer, or
+    for each of those that a slot's number leads to, and would spill them."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [i], gl.int32, False, 1)
+
+
+@gluon.jit
+def at_hand(tile):
+    """A tile of [1, ...], whose address is computed anew."""
+    return tile.index(unknown(0))
+
+
+@gluon.jit
+def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot):
+    """dQ's part of this warpgroup, [64, 64], from dS of all keys; not waited for."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_TILE, 16])
+    zero = gl.full([DQ_TILE, DQ_TILE], 0.0, gl.float32, layout)
+    ds_MN = shared.ds.index(ds_slot).permute((1, 0))
+    k_ND = at_hand(shared.k).reshape([KEYS, problem.HEAD_DIM])
+    if problem.HEAD_DIM == 64:
+        ds_MN = ds_MN.slice(INDEX * DQ_TILE, DQ_TILE, 0)
+    else:
+        k_ND = k_ND.slice(INDEX * DQ_TILE, DQ_TILE, 1)
+    return warpgroup_mma(ds_MN, k_ND, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add_dq(INDEX: gl.constexpr, problem, shared, dq_desc, dq, head, first_query):
+    """Adds [64, 64] of dQ to global memory, rows and columns in the order of `convert_kernel`: a thread stores four neighbours at once, and eight
+    threads on as many banks."""
+    tile = shared.dq.index(INDEX)
+    # Rows: warp, half, three bits of the quad; columns: 16 at a time, half, thread of the quad, pair.
+    dq = dq.reshape([4, 2, 2, 2, 2, 4, 2, 4, 2]).permute([0, 1, 4, 2, 3, 5, 7, 6, 8]).reshape([DQ_TILE, DQ_TILE])
+    tma.store_wait(0)
+    tile.reshape([DQ_TILE, DQ_TILE]).store(dq)
+    fence_async_shared()
+    if problem.HEAD_DIM == 64:
+        tma_reduce_add(dq_desc, [head, first_query + INDEX * DQ_TILE, 0], tile)
+    else:
+        tma_reduce_add(dq_desc, [head, first_query, INDEX * DQ_TILE], tile)
+
+
+@gluon.constexpr_function
+def _hide_before(n):
+    """0 for those of n probabilities, in pairs of the thread's two rows by turns, that come before the row's first query, $2n of the first two."""
+    hidden = " ".join(f"setp.gt.s32 hidden, first{i // 2 % 2}, {i // 4 * 8 + i % 2}; @hidden mov.f32 ${i}, 0f00000000;" for i in range(n))
+    return (
+        "{ .reg .pred hidden; .reg .s32 lane, first0, first1; mov.u32 lane, %laneid; and.b32 lane, lane, 3; shl.b32 lane, lane, 1;"
+        f" sub.s32 first0, ${2 * n}, lane; sub.s32 first1, ${2 * n + 2}, lane; {hidden} }}"
+    )
+
+
+@gluon.jit
+def hide(p_NM, first_query, INDEX: gl.constexpr, problem):
+    """0 for the probabilities of queries that must not see a key: those before it, or all, past the last key. In assembly, as in the forward."""
+    layout: gl.constexpr = p_NM.type.layout
+    N: gl.constexpr = OWN_KEYS * problem.QUERIES // WARPGROUP  # probabilities of a thread
+    key_N = problem.first_key + INDEX * OWN_KEYS + gl.arange(0, OWN_KEYS, gl.SliceLayout(1, layout))
+    first_N = key_N * 0
+    if problem.CAUSAL:
+        first_N = key_N - (first_query + problem.seq_k - problem.seq_q)
+    if problem.TAIL:
+        first_N = gl.where(key_N < problem.seq_k, first_N, problem.QUERIES)
+    p_NM, first_NM = gl.broadcast(p_NM, gl.expand_dims(first_N, 1))
+    return gl.inline_asm_elementwise(_hide_before(N), in_place(N, "r"), [p_NM, first_NM], gl.float32, True, N)
+
+
+@gluon.jit
+def add_tiles(INDEX: gl.constexpr, MASKED: gl.constexpr, problem, shared, dq_desc, scale_log2, head, step, first, last, dk_ND, dv_ND, dq_head, dq_query):
+    """The tiles first .. last of one query head (FlashAttention-2, Algorithm 2, lines 8 to 16). (dq_head, dq_query): whose dQ is due."""
+    QUERIES: gl.constexpr = problem.QUERIES
+    HEAD_DIM: gl.constexpr = problem.HEAD_DIM
+    dtype: gl.constexpr = shared.k.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QUERIES, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
+    zero_NM = gl.full([OWN_KEYS, QUERIES], 0.0, gl.float32, s_layout)
+    for i in range(first, last):
+        slot = step % STAGES
+        phase = step // STAGES & 1
+        first_query = problem.first_query(i)
+        q_MD = shared.q.index(slot).reshape([QUERIES, HEAD_DIM])
+        dout_MD = shared.dout.index(slot).reshape([QUERIES, HEAD_DIM])
+        mbarrier.wait(shared.q_full.index(slot), phase)
+        k_ND = at_hand(shared.k).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
+        s_NM = warpgroup_mma(k_ND, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+        mbarrier.wait(shared.dout_full.index(slot), phase)
+        v_ND = at_hand(shared.v).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
+        dp_NM = warpgroup_mma(v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
+        s_NM = warpgroup_mma_wait(1, deps=(s_NM,))
+        if STAGGER and INDEX == 0:
+            arrive_in_first_step(step)
+        lse_M = shared.lse.index(slot).load(of_query)
+        p_NM = gl.exp2(s_NM * scale_log2 - gl.expand_dims(lse_M, 0))
+        if MASKED:
+            p_NM = hide(p_NM, first_query, INDEX, problem)
+        dv = warpgroup_mma(gl.convert_layout(p_NM.to(dtype), left), dout_MD, dv_ND, is_async=True)
+        dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
+        delta_M = shared.delta.index(slot).load(of_query)
+        ds_NM = (p_NM * (dp_NM - gl.expand_dims(delta_M, 0))).to(dtype)
+        synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
+        dq = issue_dq(INDEX, problem, shared, unknown((step + DS_SLOTS - 1) % DS_SLOTS))
+        shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(ds_NM)
+        fence_async_shared()
+        arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
+        dk = warpgroup_mma(gl.convert_layout(ds_NM, left), q_MD, dk_ND, is_async=True)
+        dq, dv_ND = warpgroup_mma_wait(1, deps=(dq, dv))
+        add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
+        dk_ND = warpgroup_mma_wait(0, deps=(dk,))
+        arrive(FREE + slot, LOADING)
+        dq_head = head
+        dq_query = first_query
+        step += 1
+    return dk_ND, dv_ND, step, dq_head, dq_query
+
+
+@gluon.jit
+def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2):
+    """Warpgroup INDEX: dK and dV of 64 keys, and its part of dQ."""
+    HEAD_DIM: gl.constexpr = problem.HEAD_DIM
+    dtype: gl.constexpr = shared.k.dtype
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.QUERIES, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    dk_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
+    dv_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
+    # dS of step -1: zeros, whose dQ goes to rows past the end, which TMA drops
+    shared.ds.index(DS_SLOTS - 1).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(gl.full([OWN_KEYS, problem.QUERIES], 0.0, dtype, s_layout))
+    fence_async_shared()
+    arrive(DS_READY + 2 * INDEX + 1, COMPUTING)
+    step = 0
+    dq_head = problem.first_head
+    dq_query = problem.all_tiles * problem.QUERIES
+    mbarrier.wait(shared.keys_full.index(0), 0)
+    if STAGGER and INDEX == 1:
+        synchronise(ALL_DONE, COMPUTING)
+    for member in range(problem.GROUP):
+        head = problem.first_head + member
+        first = 0
+        if problem.CAUSAL or problem.TAIL:
+            dk_ND, dv_ND, step, dq_head, dq_query = add_tiles(
+                INDEX, True, problem, shared, dq_desc, scale_log2, head, step, 0, problem.masked, dk_ND, dv_ND, dq_head, dq_query
+            )
+            first = problem.masked
+        dk_ND, dv_ND, step, dq_head, dq_query = add_tiles(
+            INDEX, False, problem, shared, dq_desc, scale_log2, head, step, first, problem.tiles, dk_ND, dv_ND, dq_head, dq_query
+        )
+    synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
+    dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + DS_SLOTS - 1) % DS_SLOTS),))
+    add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
+    # Both have read all of K: dK and dV take its and V's place, and from there go to global memory.
+    synchronise(ALL_DONE, COMPUTING)
+    shared.k.index(0).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store((dk_ND * scale).to(dtype))
+    shared.v.index(0).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(dv_ND.to(dtype))
+    fence_async_shared()
+    first_key = problem.first_key + INDEX * OWN_KEYS
+    own = [problem.batch, problem.kv_head, first_key, 0]
+    tma.async_copy_shared_to_global(dk_desc, own, shared.k.index(0).slice(INDEX * OWN_KEYS, OWN_KEYS, 2))
+    tma.async_copy_shared_to_global(dv_desc, own, shared.v.index(0).slice(INDEX * OWN_KEYS, OWN_KEYS, 2))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def program_of(heads_at_once, batch_heads, key_tiles, CAUSAL: gl.constexpr):
+    """(key head in the batch, tile of keys) of this program. Causal: tiles that most queries see first, over heads that L2 holds together."""
+    program = gl.program_id(0)
+    if CAUSAL:
+        first_head = program // (heads_at_once * key_tiles) * heads_at_once
+        rank = program - first_head * key_tiles
+        heads = gl.minimum(heads_at_once, batch_heads - first_head)
+        return first_head + rank % heads, rank // heads
+    return program // key_tiles, program % key_tiles
+
+
+@gluon.jit(do_not_specialize=["heads_at_once"])
+def backward_kernel(
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc, scale, scale_log2, heads_at_once,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, TAIL: gl.constexpr, LOAD: gl.constexpr, COMPUTE: gl.constexpr,
+):  # fmt: skip
+    """Descriptors are [batch, heads, seq, head_dim]; lse_desc and delta_desc, of base-2 log-sum-exps and deltas, [batch * heads * padded seq]."""
+    QUERIES: gl.constexpr = q_desc.block_type.shape[2]
+    HEAD_DIM: gl.constexpr = q_desc.block_type.shape[3]
+    seq_q = q_desc.shape[2]
+    seq_k = k_desc.shape[2]
+    kv_heads = k_desc.shape[1]
+    batch_head, key_tile = program_of(heads_at_once, k_desc.shape[0] * kv_heads, (seq_k + KEYS - 1) // KEYS, CAUSAL)
+    first_key = key_tile * KEYS
+    all_tiles = (seq_q + QUERIES - 1) // QUERIES
+    tiles = all_tiles
+    masked = 0
+    if CAUSAL:
+        own_query = first_key - (seq_k - seq_q)  # the one that sees the first key as its last
+        first_tile = gl.maximum(own_query, 0) // QUERIES
+        tiles = gl.maximum(all_tiles - first_tile, 0)
+        masked = (gl.maximum(own_query + KEYS - 1, 0) + QUERIES - 1) // QUERIES - first_tile
+    else:
+        first_tile = first_key // QUERIES % all_tiles
+    if TAIL:
+        masked = gl.where(first_key + KEYS > seq_k, tiles, masked)
+    masked = gl.minimum(masked, tiles)
+    problem = Problem(
+        batch_head // kv_heads, batch_head % kv_heads, batch_head * GROUP, first_key, first_tile, tiles, all_tiles, masked,
+        seq_q, seq_k, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL,
+    )  # fmt: skip
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, QUERIES], k_desc.dtype)
+    shared = Shared(
+        gl.allocate_shared_memory(q_desc.dtype, [STAGES] + q_desc.block_type.shape, q_desc.layout),
+        gl.allocate_shared_memory(q_desc.dtype, [STAGES] + dout_desc.block_type.shape, dout_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout),
+        gl.allocate_shared_memory(gl.float32, [STAGES] + delta_desc.block_type.shape, delta_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [1] + k_desc.block_type.shape, k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [1] + v_desc.block_type.shape, v_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [DS_SLOTS, KEYS, QUERIES], ds_layout),
+        gl.allocate_shared_memory(gl.float32, [WARPGROUPS] + dq_desc.block_type.shape, dq_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [1, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+    )
+    mbarrier.init(shared.keys_full.index(0), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(shared.q_full.index(i), count=1)
+        mbarrier.init(shared.dout_full.index(i), count=1)
+    gl.warp_specialize([
+        (compute, (0, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
+        (compute, (1, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
+        (load, (problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc)),
+    ], [4, 1], [COMPUTE, LOAD])  # fmt: skip
+
+
+def queries_per_tile(head_dim: int) -> int:
+    return 64 if head_dim == 128 else 128
+
+
+@cache
+def one_dimensional() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+
+
+@cache
+def dq_layout() -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([1, DQ_TILE.value, DQ_TILE.value], gl.float32)
+
+
+class Constants(NamedTuple):
+    """The kernel's constexpr parameters, in its order."""
+
+    GROUP: int
+    CAUSAL: bool
+    TAIL: bool
+    LOAD: int = LOAD_REGISTERS
+    COMPUTE: int = COMPUTE_REGISTERS
+
+
+OPTIONS = dict(num_warps=4, maxnreg=REGISTERS_AT_START)
+
+
+@triton.jit
+def convert_kernel(
+    sums, dq, heads, seq, rows, scale, dq_batch, dq_row, dq_head, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr
+):  # fmt: skip
+    """dq = scale * sums, from float32 [batch, heads, rows, HEAD_DIM] in the order of `add_dq` to dq's dtype and strides."""
+    tiles = tl.cdiv(seq, BLOCK_M)
+    first = tl.program_id(0) % tiles * BLOCK_M
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, HEAD_DIM)
+    # Of a row's last three bits the lowest came to the front, of a column's last four the first behind the two of the thread in its quad.
+    place_M = m // 8 * 8 + m % 2 * 4 + m // 2 % 4
+    place_D = d // 16 * 16 + d // 2 % 4 * 4 + d // 8 % 2 * 2 + d % 2
+    tile = sums + (batch_head * rows + first) * HEAD_DIM
+    sums_MD = tl.load(tile + place_M[:, None] * HEAD_DIM + place_D[None, :])
+    base = dq + batch_head // heads * dq_batch + batch_head % heads * dq_head
+    store_rows(base, dq_row, first, seq, sums_MD * scale, HEAD_DIM, BLOCK_M, HEAD_DIM)
+
+
+def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, dq, dk, dv) -> None:
+    """Writes dq, dk and dv."""
+    if q.numel() == 0 or k.numel() == 0:
+        for gradient in (dq, dk, dv):
+            gradient.zero_()
+        return
+    batch, seq_q, heads, head_dim = q.shape
+    seq_k, kv_heads = k.shape[1:3]
+    group, queries = heads // kv_heads, queries_per_tile(head_dim)
+    q, k, v, dout = (readable_by_tma(x) for x in (q, k, v, dout))
+    with torch.cuda.device_of(q):
+        rows = blocks(seq_q, queries) * queries
+        lse_log2, delta = launch_rows(dout, dlse, dense_rows(out), lse.contiguous(), rows)
+        sums = torch.zeros(batch * heads, rows, head_dim, dtype=torch.float32, device=q.device)
+        of_rows = [lse_log2.numel()], [1], [queries], one_dimensional()
+        # Two bytes each in K, V, Q and dO, four in dQ
+        heads_at_once = max(1, L2_FOR_A_GROUP // (head_dim * (4 * seq_k + 8 * group * seq_q)))
+        of = Constants(group, causal, seq_k % KEYS.value != 0)
+        arguments = (
+            descriptor(q, queries), descriptor(k, KEYS.value), descriptor(v, KEYS.value), descriptor(dout, queries),
+            Descriptor(lse_log2, *of_rows), Descriptor(delta, *of_rows),
+            Descriptor(sums, list(sums.shape), list(sums.stride()), [1, DQ_TILE.value, DQ_TILE.value], dq_layout()),
+            descriptor(dk, OWN_KEYS.value), descriptor(dv, OWN_KEYS.value),
+            scale, scale * LOG2_E, heads_at_once, *of,
+        )  # fmt: skip
+        programs = blocks(seq_k, KEYS.value) * batch * kv_heads
+        launch(backward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, of), OPTIONS)
+        grid = (blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads,)
+        convert_kernel[grid](sums, dq, heads, seq_q, rows, scale, *strides(dq), head_dim, ROWS_PER_PROGRAM)
+
+
+@torch.library.custom_op(
+    "recipe::hopper_attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+)
+def attention_backward(dout, dlse, q, k, v, out, lse, causal, scale):
+    """(dq, dk, dv), shaped as q, k and v, from the gradients of `hopper_forward.attention_forward`'s two outputs and all it saved."""
+    gradients = _gradients(dout, dlse, q, k, v)
+    launch_backward(dout, dlse, q, k, v, out, lse, causal, scale, *gradients)
+    return gradients
+
+
+@attention_backward.register_fake
+def _gradients(dout, dlse, q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
