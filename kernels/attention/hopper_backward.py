@@ -25,7 +25,10 @@ dQ of step i - 1 is computed in step i, when dS of the other warpgroup has long 
 two barriers a warpgroup, for even and odd steps. Three slots of dS suffice: a warpgroup writes slot i % 3 after it has seen the other's
 dS of i - 1, which the other stored after its own dQ of i - 3, the last to read that slot.
 
-dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128).
+The second warpgroup starts when the first has its first scores, so that one computes while the other multiplies.
+
+dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128). It is kept in another
+order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `convert_kernel` brings it back.
 
 Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own. Full attention
 starts each program at another tile, so that the programs of a head add to different rows of dQ at any time; causal attention starts the programs
@@ -73,8 +76,7 @@ COMPUTE_REGISTERS, REGISTERS_AT_START = 240, 168  # 2 * 128 * 240 + 128 * 24 is 
 L2_FOR_A_GROUP = 32 << 20  # bytes of the tensors of heads that are computed together
 FREE = gl.constexpr(FIRST_FREE_BARRIER.value)  # of the hardware's named barriers: one a stage,
 DS_READY = gl.constexpr(FREE.value + STAGES.value)  # two a warpgroup,
-ALL_DONE = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # and one for the end
-STAGGER = gl.constexpr(False)  # the second warpgroup starts when the first has its first scores
+ALL_DONE = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # and one for the start and the end
 LOADING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value + 32)  # threads that meet at `free`
 COMPUTING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value)
 
@@ -194,7 +196,7 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
 
 @gluon.jit
 def arrive_in_first_step(step):
-    """At ALL_DONE, which is free until the end."""
+    """At ALL_DONE, which nothing else needs before the end."""
     gl.inline_asm_elementwise(
         "{ .reg .pred first; setp.eq.s32 first, $2, 0; @first bar.arrive $1, 256; mov.u32 $0, 0; }",
         "=r,r,r,~{memory}", [ALL_DONE, step], gl.int32, False, 1,
@@ -293,7 +295,7 @@ def add_tiles(INDEX: gl.constexpr, MASKED: gl.constexpr, problem, shared, dq_des
         v_ND = at_hand(shared.v).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
         dp_NM = warpgroup_mma(v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         s_NM = warpgroup_mma_wait(1, deps=(s_NM,))
-        if STAGGER and INDEX == 0:
+        if INDEX == 0:
             arrive_in_first_step(step)
         lse_M = shared.lse.index(slot).load(of_query)
         p_NM = gl.exp2(s_NM * scale_log2 - gl.expand_dims(lse_M, 0))
@@ -336,8 +338,8 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
     dq_head = problem.first_head
     dq_query = problem.all_tiles * problem.QUERIES
     mbarrier.wait(shared.keys_full.index(0), 0)
-    if STAGGER and INDEX == 1:
-        synchronise(ALL_DONE, COMPUTING)
+    if INDEX == 1:
+        synchronise(ALL_DONE, COMPUTING)  # the first warpgroup has its first scores: from now on each computes while the other multiplies
     for member in range(problem.GROUP):
         head = problem.first_head + member
         first = 0
