@@ -46,6 +46,7 @@ class AttentionConfig(BaseModel):
 
     The backend changes speed and memory alone. A query sees its own key and, of those before it, the last ``window - 1`` (null: all), and
     with ``document_mask`` only those of its own document. ``dropout`` is that of the attention probabilities, while training.
+    ``deterministic`` refuses a backend whose gradients may have other bits in every run, or has it add them up in a fixed order.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -54,3 +55,4 @@ class AttentionConfig(BaseModel):
     window: PositiveInt | None = None
     document_mask: bool = False
     dropout: float = Field(0.0, ge=0, lt=1)
+    deterministic: bool = False

@@ -124,7 +124,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, attention: AttentionConfig):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        self.backend, self.window, self.dropout = attention.backend, attention.window, attention.dropout
+        self.window, self.dropout = attention.window, attention.dropout
+        self.backend, self.deterministic = attention.backend, attention.deterministic
         parts = (config.heads * config.head_dim, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim)
         self.qkv = nn.Linear(config.hidden_size, sum(parts), bias=config.bias)
         self.qkv.parts = parts
@@ -144,7 +145,7 @@ class SelfAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
         options = {
             "causal": True, "window": self.window, "document_ids": document_ids, "alibi_slopes": alibi_slopes,
-            "dropout_p": self.dropout if self.training else 0.0, "backend": self.backend,
+            "dropout_p": self.dropout if self.training else 0.0, "backend": self.backend, "deterministic": self.deterministic,
         }  # fmt: skip
         if rotary is None:
             out = attention_packed(qkv, heads=self.heads, kv_heads=self.kv_heads, **options)

@@ -398,6 +398,7 @@ def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tup
         "document_ids": config.attention.document_mask,
         "alibi": model.positions == "alibi",
         "dropout": config.attention.dropout > 0,
+        "deterministic": config.attention.deterministic,
     }
     backend = config.attention.backend
     if backend == "auto":
@@ -407,7 +408,7 @@ def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tup
     if reason is None:
         return backend, [], []
     keys = {"window": "attention.window", "document_ids": "attention.document_mask", "alibi": "model.positions: alibi",
-            "dropout": "attention.dropout"}
+            "dropout": "attention.dropout", "deterministic": "attention.deterministic"}
     plain = asked | dict.fromkeys(keys, False)
     if unsupported(backend, **plain) is None:
         refused = [key for feature, key in keys.items() if asked[feature] and unsupported(backend, **plain | {feature: True})]

@@ -125,6 +125,12 @@ def test_attention_dropout_acts_while_training_alone_and_alike_in_every_backend(
     assert torch.equal(model(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_attention_hands_on_that_its_gradients_must_be_the_same_bits(positions):
+    with pytest.raises(ValueError, match="the same bits in every backward pass"):
+        build(attention={"backend": "sdpa", "deterministic": True}, positions=positions)(torch.randint(50, (2, 16)))
+
+
 MODES = {
     "full": Checkpointing("full"), "every_n": Checkpointing("every_n", every=2), "selective": Checkpointing("selective", backend="sdpa"),
     "matmuls": Checkpointing("selective", backend="sdpa", keep_matmuls=True),

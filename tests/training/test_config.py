@@ -256,6 +256,7 @@ def test_a_run_is_named_by_its_file_and_what_the_command_line_changes_in_the_cur
     ("attention.document_mask=true", "has no documents given by document_ids; use tiled or eager, or do without attention.document_mask"),
     ("attention.dropout=0.1", "or do without attention.dropout"),
     ("model.positions=alibi", "has no ALiBi; use tiled or eager, or do without model.positions: alibi"),
+    ("attention.deterministic=true", "the same bits in every backward pass; use tiled or eager, or do without attention.deterministic"),
 ])
 def test_what_attention_is_asked_for_decides_which_backend_can(monkeypatch, load, key, refusal):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -275,6 +276,7 @@ def test_auto_passes_over_a_backend_that_lacks_what_is_asked_for(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
     for key in ("attention.window=64", "attention.dropout=0.1", "attention.document_mask=true", "model.positions=alibi"):
         assert load_config("configs/gpt2-124m.yaml", [key])[0].attention.backend == "triton"
+    assert load_config("configs/gpt2-124m.yaml", ["attention.deterministic=true"])[0].attention.backend == "hopper"
 
 
 @pytest.mark.parametrize("given, resolved", [
