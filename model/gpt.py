@@ -7,6 +7,7 @@ from torch import nn
 from kernels.attention import alibi_slopes, attention, attention_packed
 from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
+from model.loss import linear_cross_entropy
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
 
@@ -42,7 +43,7 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
         self.final_norm = make_norm(config)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         # The weights follow from torch's seed alone, on every device: modules, as they are made, draw from the generator of theirs.
         self._generator = torch.Generator().manual_seed(torch.initial_seed())
         # Inside __init__, because under deepspeed.zero.Init parameters are partitioned when it returns, and only
@@ -95,10 +96,17 @@ class GPT(nn.Module):
                 x = self.checkpointing.run(block, x, context)
             else:
                 x = block(x, **context)  # by keyword, as ``Checkpointing.run`` does and says why
-        logits = self.head(self.final_norm(x))
+        return self.head(self.final_norm(x), labels)
+
+
+class Head(nn.Linear):
+    """Logits, or their loss. A module of its own with its own weight, which ZeRO-3 gathers where a module is called."""
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """x: [batch, sequence, hidden]; labels and what is returned: see ``GPT.forward``."""
         if labels is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+            return super().forward(x)
+        return linear_cross_entropy(x.flatten(0, 1), self.weight, labels.flatten(), IGNORED_LABEL)
 
 
 class Block(nn.Module):

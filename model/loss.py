@@ -1,0 +1,77 @@
+"""Cross-entropy of a linear layer's logits, which never exist all at once."""
+
+from functools import cache
+
+import torch
+
+LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+
+
+def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
+    """The summed cross-entropy in nats, a float32 scalar, of the logits x @ weight.T, without those whose label is ``ignored``.
+
+    So many tokens at a time that their logits count ``LOGITS_AT_ONCE``, and at once their gradients, which need the very same logits: the
+    backward pass only scales them.
+
+    Args:
+        x: [tokens, hidden].
+        weight: [vocabulary, hidden], of x's dtype.
+        labels: int64 [tokens].
+    """
+    return _LinearCrossEntropy.apply(x, weight, labels, ignored)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, labels, ignored):
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        if not any(ctx.needs_input_grad):
+            for some, their_labels in _parts(x, weight, labels):
+                loss += _loss(some @ weight.T, their_labels, ignored)[0]
+            return loss
+        gradient_of_x, gradient_of_weight = [], torch.zeros_like(weight, dtype=torch.float32)
+        for some, their_labels in _parts(x, weight, labels):
+            part_of_loss, gradient = _loss_and_gradient(x.device.type)(some @ weight.T, their_labels, ignored)
+            loss += part_of_loss
+            gradient_of_x.append(gradient @ weight)
+            gradient_of_weight += _product_in_float32(gradient.T, some)
+        ctx.save_for_backward(torch.cat(gradient_of_x), gradient_of_weight)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):
+        of_x, of_weight = ctx.saved_tensors
+        return (of_x * scale).to(of_x.dtype), (of_weight * scale).to(ctx.dtype), None, None
+
+
+def _parts(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor):
+    tokens = max(1, LOGITS_AT_ONCE // len(weight))
+    return zip(x.split(tokens), labels.split(tokens), strict=True)
+
+
+def _loss(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(summed loss, which labels count, log-probabilities), of logits [tokens, vocabulary]."""
+    counts = labels != ignored
+    log_p = logits.float().log_softmax(-1)
+    of_labels = log_p.gather(1, labels.where(counts, 0)[:, None])[:, 0]
+    return -of_labels.where(counts, 0.0).sum(), counts, log_p
+
+
+def _eager_loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, its gradient, of logits' dtype): softmax less one at the label, 0 where the label does not count."""
+    loss, counts, log_p = _loss(logits, labels, ignored)
+    at_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    return loss, (log_p.exp() - at_label.float()).where(counts[:, None], 0.0).to(logits.dtype)
+
+
+@cache
+def _loss_and_gradient(device: str):
+    """On a GPU one kernel for each pass over the logits, in place of ten."""
+    return torch.compile(_eager_loss_and_gradient) if device == "cuda" else _eager_loss_and_gradient
+
+
+def _product_in_float32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b, added up and returned in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype != torch.float32 else a.float() @ b.float()
