@@ -15,6 +15,7 @@ A checkpoint is written as ``step_N.tmp``; only when every rank is done and ever
 import contextlib
 import dataclasses
 import glob
+import itertools
 import json
 import os
 import pickle
@@ -198,6 +199,13 @@ def _remove(folder: Path) -> None:
 # --- Finding --------------------------------------------------------------------------------------------------------
 
 
+def set_aside(checkpoint: Path) -> str:
+    """Renames a damaged checkpoint ``step_N`` to ``step_N.damaged``, or ``.damaged2`` where that is an earlier one; the new name."""
+    suffixes = (f".damaged{n or ''}" for n in itertools.chain([0], itertools.count(2)))
+    aside = next(place for place in map(checkpoint.with_suffix, suffixes) if not place.exists())
+    return checkpoint.rename(aside).name
+
+
 def find_checkpoint(resume: str, folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that ``checkpoint.resume`` asks for, found intact; call it on every rank.
 
@@ -231,8 +239,8 @@ def find_checkpoint(resume: str, folder: Path) -> tuple[Checkpoint | None, list[
         told = [f"checkpoint {each} is damaged and passed over: {what}" for each, what in damaged]
         if not faults:
             if its_own:  # aside, or it would count among those to keep
-                together(lambda: [each.rename(each.with_suffix(".damaged")) for each, _ in damaged], here=dist.get_rank() == 0)
-                told = [f"{line}; it is now {each.name}.damaged" for line, (each, _) in zip(told, damaged, strict=True)]
+                names = from_first_rank(lambda: [set_aside(each) for each, _ in damaged])
+                told = [f"{line}; it is now {name}" for line, name in zip(told, names, strict=True)]
             return from_first_rank(lambda: Checkpoint.read(candidate)), told
         damaged.append((candidate, faults[0] + f" (and {len(faults) - 1} more)" * (len(faults) > 1)))
     told = [f"checkpoint {each} is damaged: {what}" for each, what in damaged]

@@ -11,6 +11,8 @@ import torch
 
 from tests.launching import deepspeed_run
 from tests.training.checkpoint_grids import CPU_GRID, GPU_GRID
+from training.checkpoints import set_aside
+from training.manifest import complete_checkpoints
 
 pytestmark = pytest.mark.xdist_group("checkpoints")  # its launches are shared by its tests
 
@@ -36,6 +38,13 @@ def grid(request):
 
 def names(conversions):
     return {f"{before} {after}" for before, after in conversions}
+
+
+def test_checkpoints_damaged_at_the_same_step_lie_side_by_side(tmp_path):
+    for name in ("damaged", "damaged2", "damaged3"):
+        (tmp_path / "step_00000012").mkdir()
+        assert set_aside(tmp_path / "step_00000012") == f"step_00000012.{name}" and (tmp_path / f"step_00000012.{name}").is_dir()
+    assert complete_checkpoints(tmp_path) == []
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(seen, grid):
