@@ -31,6 +31,9 @@ With TURNS, which goes with OVERLAP alone, the warpgroups issue in a fixed circl
 product is waited for: that needs so few registers that two programs fit on a multiprocessor, and one computes while the other starts or
 ends an item, which is better for short rows.
 
+With LAZY a row keeps the maximum that it has until a score exceeds it by LAZY_GROWTH: P may then be larger than 1, and most warps pass the
+output's rescaling by. (The row's sum and log-sum-exp are those of the maximum that was used, and so exact.)
+
 Masked tiles come first in an item, so the loop over the rest has no mask. Scores are kept in base 2, s * log2(e), for the hardware's exp2.
 Names carry their shape: M the 64 queries of a warpgroup, N keys of a tile, D head_dim. Distributed layouts are those of the matrix unit's
 accumulator: a row lies in four lanes of one warp, so its maximum is two shuffles away, and its sum is left apart in those four lanes until
