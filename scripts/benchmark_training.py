@@ -5,27 +5,27 @@
     python scripts/benchmark_training.py --configs gpt2-124m --contenders ours fsdp2_compile --micro-batches 64 32 --profile ours
 
 **A case** is a file in configs/ (or a path to one) and, after commas, settings that replace the file's, as train.py takes them. The model,
-train.global_batch_size, train.activation_checkpointing, zero.reduce_dtype, precision, optimizer and seed hold for all contenders; what makes
-them differ is in scripts/training_peers.py:
+train.global_batch_size, train.activation_checkpointing, zero.reduce_dtype, precision, optimizer and seed hold for all contenders; what
+makes them differ is in scripts/training_peers.py:
 
     ours                      train.py's engine and step, configured by the file
     zero3_stock               the same GPT with PyTorch's attention under DeepSpeed's ZeRO-3 as it comes
     huggingface_zero3         GPT-2 or Llama of transformers under the same; left out where that is not installed
-    fsdp2_compile             the same GPT under FSDP2, blocks and loss compiled, cuDNN's attention; blocks are gathered again for the backward
+    fsdp2_compile             the same GPT under FSDP2, blocks and loss compiled, cuDNN's attention; blocks are gathered again for backward
     fsdp2_compile_no_reshard  the same, blocks stay gathered from the forward to the backward pass
 
 Tokens are random, the same for all; nothing is logged, evaluated or saved.
 
-**Micro batches.** Powers of two that divide the global batch's share of a GPU (or --micro-batches), from the largest down: those that do not
-fit, the first that does, and on while the next is faster. The fastest is the row, and all of them are its `trials`. Gradient accumulation
-fills the global batch: one smaller than a contender's best micro batch times --gpus would bound it, so raise train.global_batch_size.
+**Micro batches.** Powers of two that divide the global batch's share of a GPU (or --micro-batches), from the largest down: those that do
+not fit, the first that does, and on while the next is faster. The fastest is the row, and all of them are its `trials`. Gradient
+accumulation fills the global batch; the share is the largest micro batch there can be, so raise train.global_batch_size where it fits.
 
 **Time.** Each contender runs in --gpus processes of its own, at most --limit seconds. A step's time is that between CUDA events at the ends
 of two steps, of the slowest rank; the row has the median of --steps after --warmup. On a CPU it is the clock's.
 
-**MFU** is as training/flops.py says, over the table's peak of the GPU; `mfu_causal` counts what the causal mask shows alone, `hfu` also what
-is computed again; `of_matmul` is MFU over the rate of a large matrix product on the same GPUs, measured in the same launch. Memory is the
-peak of the timed steps of the rank that takes most: `allocated` by tensors, `reserved` from the driver.
+**MFU** is as training/flops.py says, over the table's peak of the GPU; `mfu_causal` counts what the causal mask shows alone, `hfu` also
+what is computed again; `of_matmul` is MFU over the rate of a large matrix product, measured on all of the GPUs at once in the same launch.
+**Memory** is the peak of the timed steps on the rank that takes most: `allocated` by tensors, `reserved` from the driver.
 
 --profile NAME traces 3 steps of rank 0 at that contender's best micro batch in a launch of its own: a Chrome trace beside the JSON, and in
 the JSON and on the screen what scripts/training_profile.py makes of it.
@@ -48,6 +48,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
@@ -62,7 +63,7 @@ import torch.distributed as dist  # noqa: E402
 
 from scripts.training_profile import PROFILED, read_trace, report, summarise  # noqa: E402
 from training.config import Config, ConfigError, load_config  # noqa: E402
-from training.distributed import end_process, free_port, join_process_group  # noqa: E402
+from training.distributed import end_process, free_port, gather, join_process_group  # noqa: E402
 from training.files import write_atomically  # noqa: E402
 from training.tracking import collect_environment, to_json  # noqa: E402
 
@@ -70,12 +71,14 @@ CONTENDERS = ("ours", "zero3_stock", "huggingface_zero3", "fsdp2_compile", "fsdp
 # What peers have no part of, or not the same: a comparison holds where the configuration says so.
 COMPARABLE = {
     "zero.stage": (3,), "zero.offload_optimizer": ("none",), "zero.offload_parameters": ("none",), "optimizer.name": ("adamw",),
-    "train.precision": ("bf16", "fp32"), "train.bf16_states": (False,), "train.activation_checkpointing": ("none", "full", "every_n", "selective"),
-    "model.dropout": (0.0,), "attention.dropout": (0.0,), "attention.window": (None,), "attention.document_mask": (False,),
+    "train.precision": ("bf16", "fp32"), "train.bf16_states": (False,),
+    "train.activation_checkpointing": ("none", "full", "every_n", "selective"), "model.dropout": (0.0,), "attention.dropout": (0.0,),
+    "attention.window": (None,), "attention.document_mask": (False,),
 }  # fmt: skip
 OUT_OF_MEMORY = "out of memory"
 PROFILED_STEPS = 3
-AGREE_SECONDS = 120  # for a rank to come after another is done with a micro batch: it may be stuck in a collective that this one never began
+HELD_SHARE = 0.01  # of a GPU's memory in use before a micro batch: with more its processes are started anew
+AGREE_SECONDS = 120  # for a rank to come after another is done with a micro batch: it may be stuck in a collective
 DIE_SECONDS = 10  # for the other ranks to say what they died of
 GB = 1e9
 
@@ -84,8 +87,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     folder = options.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"environment": collect_environment() | {"transformers": _version("transformers")}, "device": options.device, "gpus": options.gpus,
-              "steps": options.steps, "warmup": options.warmup, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "summary": {}, "rows": []}
+    result = {
+        "environment": collect_environment() | {"transformers": _version("transformers")}, "device": options.device, "gpus": options.gpus,
+        "steps": options.steps, "warmup": options.warmup, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "summary": {}, "rows": [],
+    }  # fmt: skip
     for case in options.configs:
         for contender in options.contenders:
             row = run_contender(case, contender, options, folder)
@@ -195,21 +200,26 @@ def request(case: str, contender: str, micro_batches: list[int], options: argpar
 def launch_until_done(asked: dict, folder: Path) -> tuple[list[dict], str | None]:
     """Every trial, and why the search broke off, if it did.
 
-    A contender out of memory goes on with the next micro batch in the same processes where it can; where it cannot, they are started anew.
+    After a micro batch that memory did not suffice for, or that left memory behind, the next is tried in the same processes where that can
+    be done; where not, they have ended, and are started anew.
     """
     name = f"{_file_name(asked['case'])}-{asked['contender']}"
     with tempfile.TemporaryDirectory() as scratch:
-        trials_file = Path(scratch, "trials.json")
-        write_atomically(trials_file, "[]")
+        file, known = Path(scratch, "trials.json"), []
         while True:
-            reason = launch(asked | {"trials": str(trials_file)}, folder, name)
-            trials = json.loads(trials_file.read_text())
-            if reason is None or not trials or set(trials[-1]) != {"micro_batch"}:
-                return trials, reason
-            trials[-1]["left_out"] = reason
-            if OUT_OF_MEMORY not in reason:
-                return trials, reason
-            write_atomically(trials_file, json.dumps(trials))
+            write_atomically(file, json.dumps({"trials": known, "complete": False}))
+            reason = launch(asked | {"trials": str(file)}, folder, name)
+            found = json.loads(file.read_text())
+            trials, before = found["trials"], len(known)
+            if found["complete"]:
+                return trials, None
+            if len(trials) == before:
+                return trials, reason or "ended without a trial"
+            if set(trials[-1]) == {"micro_batch"}:  # begun, and not ended
+                trials[-1]["left_out"] = reason = reason or "ended in the middle of it"
+                if OUT_OF_MEMORY not in reason:
+                    return trials, reason
+            known = trials
 
 
 def launch(asked: dict, folder: Path, name: str) -> str | None:
@@ -224,8 +234,9 @@ def launch(asked: dict, folder: Path, name: str) -> str | None:
         for rank, log in enumerate(logs):
             with log.open("w") as output:
                 processes.append(subprocess.Popen(
-                    [sys.executable, __file__, "--rank-of", json.dumps(asked)], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, cwd=ROOT))
+                    [sys.executable, __file__, "--rank-of", json.dumps(asked)], cwd=ROOT, start_new_session=True,
+                    env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL))
         return wait(processes, logs, asked["limit"])
     finally:
         for process in processes:
@@ -262,7 +273,10 @@ def what_it_died_of(log: str) -> str:
 
 
 def work(asked: dict) -> None:
-    """One rank of a contender's processes: its micro batches in turn.  Rank 0 writes down what it begins and what came of it."""
+    """One rank of a contender's processes: its micro batches in turn.  Rank 0 writes down what it begins and what came of it.
+
+    Ends the process: when the search is complete, or before a micro batch for which it has not all of the memory.
+    """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to keep a GPU when whoever started this is killed
     join_process_group()
     from scripts.benchmark_attention import matmul_tflops, square_product
@@ -270,29 +284,38 @@ def work(asked: dict) -> None:
 
     agreeing = dist.new_group(backend="gloo", timeout=timedelta(seconds=AGREE_SECONDS))
     file = Path(asked["trials"])
-    known = json.loads(file.read_text())
+    known = json.loads(file.read_text())["trials"]
     dist.barrier()
     ceiling = matmul_tflops(asked["device"])
     square_product.cache_clear()
 
-    def note(trials: list[dict]) -> None:
+    def note(trials: list[dict], complete: bool = False) -> None:
         if dist.get_rank() == 0:
-            write_atomically(file, to_json(trials))
+            write_atomically(file, to_json({"trials": trials, "complete": complete}))
 
     def attempt(micro_batch: int) -> dict:
         for trial in known:
             if trial["micro_batch"] == micro_batch:
                 return trial
+        if max(gather(held_share())) > HELD_SHARE:
+            end_process()
         begun = {"micro_batch": micro_batch}
         note([*known, begun])
         config = case_config(asked["case"], asked["world"], micro_batch)
-        trial = begun | try_out(partial(build[asked["contender"]], config), config, asked, ceiling, agreeing)
-        known.append(trial)
+        known.append(begun | try_out(partial(build[asked["contender"]], config), config, asked, ceiling, agreeing))
         note(known)
-        return trial
+        return known[-1]
 
     search(asked["candidates"], attempt)
+    note(known, complete=True)
     end_process()
+
+
+def held_share() -> float:
+    """Of the GPU's memory, what earlier micro batches have left in use: DeepSpeed 0.19.8 keeps an engine's tensors after its destroy()."""
+    if not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.memory_allocated() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
 
 
 def search(micro_batches: Iterable[int], attempt: Callable[[int], dict]) -> list[dict]:
@@ -326,7 +349,7 @@ def try_out(build: Callable, config: Config, asked: dict, ceiling: float, agreei
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    problems: list = [None] * dist.get_world_size()
+    problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem, group=agreeing)
     problem = next(filter(None, problems), None)
     return told if problem is None else {"left_out": problem}
@@ -336,13 +359,15 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
     """One micro batch: trained for a few steps, and timed or profiled."""
     from training.metering import Meter
 
-    on_gpu, micro_batches = torch.cuda.is_available(), random_batches(config)
+    on_gpu, micro_batches, meter = torch.cuda.is_available(), random_batches(config), Meter(config, dist.get_world_size())
     trainer = build()
     try:
+        if trainer.parameters != meter.parameters["total"]:
+            raise ValueError(f"{trainer.parameters:,} parameters, and the configuration's model has {meter.parameters['total']:,}")
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()  # of what building took
-        first = float(trainer.step(micro_batches, 0))
+        first_loss = trainer.step(micro_batches, 0)
         for number in range(1, asked["warmup"]):
             trainer.step(micro_batches, number)
         if on_gpu:
@@ -358,17 +383,17 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
         step_ms = slowest(milliseconds(marks))
         train, memory = config.train, peak_memory()
         return {
-            "micro_batch": train.micro_batch_size, "accumulation": train.gradient_accumulation_steps, "global_batch": train.global_batch_size,
-            "checkpointing": train.activation_checkpointing, **speed(step_ms, Meter(config, dist.get_world_size()), ceiling), **memory,
-            "gathered": trainer.gathered, "made_of": trainer.made_of, "reduce_dtype": config.zero.reduce_dtype,
-            "first_loss": first, "last_loss": float(loss),
+            "micro_batch": train.micro_batch_size, "accumulation": train.gradient_accumulation_steps,
+            "global_batch": train.global_batch_size, "checkpointing": train.activation_checkpointing,
+            **speed(step_ms, meter, ceiling), **memory, "gathered": trainer.gathered, "made_of": trainer.made_of, "reduce_dtype": config.zero.reduce_dtype,
+            "first_loss": over_ranks(float(first_loss)), "last_loss": over_ranks(float(loss)),
         }  # fmt: skip
     finally:
         trainer.close()
 
 
 def random_batches(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """This rank's micro batches of every step, (tokens, labels) as ``training.batches`` gives them; the tokens do not depend on their size."""
+    """This rank's micro batches, (tokens, labels) as ``training.batches`` gives them; the same tokens in every step, of any size."""
     train, model = config.train, config.model
     shape = (train.micro_batch_size * train.gradient_accumulation_steps, model.sequence_length + 1)
     windows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(config.run.seed + dist.get_rank()))
@@ -392,6 +417,11 @@ def milliseconds(marks: list) -> list[float]:
         return [1000 * (end - begin) for begin, end in pairs]
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) for begin, end in pairs]
+
+
+def over_ranks(loss: float) -> float:
+    """The mean of the ranks' losses: that of the global batch, as every rank has as many targets."""
+    return sum(gather(loss)) / dist.get_world_size()
 
 
 def slowest(times: list[float]) -> list[float]:
@@ -457,30 +487,33 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
     for row in rows:
         if "micro_batch" in row:
             speeds.setdefault(row["config"], {})[row["contender"]] = row["tokens_per_second_per_gpu"]
-    return {case: {peer: found["ours"] / speed for peer, speed in found.items() if peer != "ours"} for case, found in speeds.items() if "ours" in found}
+    return {case: {peer: found["ours"] / speed for peer, speed in found.items() if peer != "ours"}
+            for case, found in speeds.items() if "ours" in found}
 
 
 def line(row: dict) -> str:
-    return f"{row['config']}: {row['contender']}: " + (row.get("left_out") or (
-        f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU at micro batch {row['micro_batch']} x {row['accumulation']}, {row['step_ms']:.1f} ms a step"))
+    said = f"left out: {row['left_out']}" if "left_out" in row else (
+        f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU at micro batch {row['micro_batch']} x {row['accumulation']}, "
+        f"{row['step_ms']:.1f} ms a step")
+    return f"{row['config']}: {row['contender']}: {said}"
 
 
 def table(result: dict) -> str:
     """Markdown, a table a case."""
-    head = ["contender", "micro x acc.", "step ms", "tokens/s/GPU", "MFU", "causal", "HFU", "of matmul", "GB alloc.", "GB reserved", "ours / it"]
-    lines = []
+    head = ["contender", "micro x acc.", "step ms", "tokens/s/GPU", "MFU", "causal", "HFU", "of matmul", "GB", "GB reserved", "ours / it"]
+    gpu, lines = result["environment"]["gpu_name"] or "CPU", []
     for case in dict.fromkeys(row["config"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["config"] == case]
-        lines += ["", f"{case}, {result['gpus']} x {result['environment']['gpu_name'] or 'CPU'}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += ["", f"{case}, {result['gpus']} x {gpu}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         for row in (row for row in rows if "micro_batch" in row):
             ratio = result["summary"].get(case, {}).get(row["contender"])
             shares = [row[key] for key in ("mfu", "mfu_causal", "hfu", "of_matmul")]
-            cells = [row["contender"], f"{row['micro_batch']} x {row['accumulation']}", f"{row['step_ms']:.1f}", f"{row['tokens_per_second_per_gpu']:,.0f}",
-                     *("" if share is None else f"{share:.3f}" for share in shares), f"{row['allocated_gb']:.1f}",
-                     "" if row["reserved_gb"] is None else f"{row['reserved_gb']:.1f}", "" if ratio is None else f"{ratio:.3f}"]
+            cells = [row["contender"], f"{row['micro_batch']} x {row['accumulation']}", f"{row['step_ms']:.1f}",
+                     f"{row['tokens_per_second_per_gpu']:,.0f}", *("" if share is None else f"{share:.3f}" for share in shares),
+                     f"{row['allocated_gb']:.1f}", "" if row["reserved_gb"] is None else f"{row['reserved_gb']:.1f}", "" if ratio is None else f"{ratio:.3f}"]
             lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", *(f"{row['contender']}: gathers {row['gathered']} ({row['made_of']}; sums in {row['reduce_dtype']})" for row in rows if "micro_batch" in row)]
-        lines += [f"{row['contender']}: left out: {row['left_out']}" for row in rows if "left_out" in row]
+        lines += [""] + [f"{row['contender']}: left out: {row['left_out']}" if "left_out" in row else
+                         f"{row['contender']}: gathers {row['gathered']} ({row['made_of']}; sums in {row['reduce_dtype']})" for row in rows]
     return "\n".join(lines).strip()
 
 
@@ -496,6 +529,11 @@ def _version(package: str) -> str | None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--rank-of"]:
-        work(json.loads(sys.argv[2]))
+        try:
+            work(json.loads(sys.argv[2]))
+        except Exception:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)  # the interpreter's own end could wait for a collective
     else:
         sys.exit(main())

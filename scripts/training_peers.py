@@ -39,12 +39,14 @@ class Trainer:
     """A contender at work.
 
     step: (micro batches of one optimizer step, its number from 0) -> mean loss in nats, a float or a tensor that nobody waited for.
+    parameters: of its model, all ranks' shards together.
     gathered: what is gathered from the other ranks, and when.
     made_of: attention, compilation and whatever else sets it apart.
     close: lets go of the GPU's memory.
     """
 
     step: Callable[[list[Batch], int], float | torch.Tensor]
+    parameters: int
     gathered: str
     made_of: str
     close: Callable[[], None]
@@ -56,8 +58,8 @@ class Trainer:
 def ours(config: Config) -> Trainer:
     """The engine and the step of train.py."""
     engine = build_engine(config)
-    return Trainer(step=lambda micro_batches, number: train_step(engine, micro_batches, number, config).loss, gathered=zero3_gathers(engine),
-                   made_of=f"train.py's engine and step, attention.backend={config.attention.backend}", close=engine.destroy)
+    return Trainer(lambda micro_batches, number: train_step(engine, micro_batches, number, config).loss, *zero3_gathers(engine),
+                   f"train.py's engine and step, attention.backend={config.attention.backend}", engine.destroy)
 
 
 def zero3_stock(config: Config) -> Trainer:
@@ -74,8 +76,7 @@ def huggingface_zero3(config: Config) -> Trainer:
     torch.manual_seed(config.run.seed)
     model = huggingface_model(config)
     if config.train.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-        model.enable_input_require_grads()  # reentrant checkpointing gives no gradient to a block whose input has none
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     # It shifts the labels itself, and so drops the last of each sequence.
     return zero3_trainer(model, config, lambda engine, tokens, labels: engine(input_ids=tokens, labels=tokens, use_cache=False).loss,
@@ -95,7 +96,7 @@ def zero3_trainer(model: nn.Module, config: Config, loss_of: Callable, made_of: 
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    return Trainer(step, zero3_gathers(engine), f"{made_of}; DeepSpeed's default buckets, every module a hook", engine.destroy)
+    return Trainer(step, *zero3_gathers(engine), f"{made_of}; DeepSpeed's default buckets, no leaf modules", engine.destroy)
 
 
 def stock_config(config: Config) -> dict:
@@ -106,11 +107,12 @@ def stock_config(config: Config) -> dict:
     return {key: own[key] for key in same} | {"zero_optimization": {"stage": 3}}
 
 
-def zero3_gathers(engine: deepspeed.DeepSpeedEngine) -> str:
+def zero3_gathers(engine: deepspeed.DeepSpeedEngine) -> tuple[int, str]:
+    """How many parameters there are, and what is gathered of them."""
     parameters = list(engine.module.parameters())
     total, stays = sum(p.ds_numel for p in parameters), sum(p.ds_numel for p in parameters if p.ds_persist)
-    return (f"{1 - stays / total:.1%} of the parameters before the forward and again before the backward pass of every micro batch; "
-            f"{stays:,} of {total:,} stay gathered")
+    return total, (f"{1 - stays / total:.1%} of the parameters before the forward and again before the backward pass of every micro batch; "
+                   f"{stays:,} of {total:,} stay gathered")
 
 
 def huggingface_model(config: Config) -> nn.Module:
@@ -124,19 +126,20 @@ def huggingface_model(config: Config) -> nn.Module:
     model, checkpointing = config.model, config.train.activation_checkpointing
     if checkpointing not in ("none", "full"):
         raise ValueError(f"transformers has no train.activation_checkpointing: {checkpointing}")
-    dialect = (model.positions, model.norm, model.activation, model.bias)
+    dialect, heads_fit = (model.positions, model.norm, model.activation, model.bias), model.heads * model.head_dim == model.hidden_size
     shared = {"vocab_size": model.vocab_size, "initializer_range": model.init_std, "tie_word_embeddings": model.tied_embeddings,
               "use_cache": False, "attn_implementation": "sdpa"}
-    if dialect == ("learned", "layernorm", "gelu", True) and model.kv_heads == model.heads and model.heads * model.head_dim == model.hidden_size:
+    if dialect == ("learned", "layernorm", "gelu", True) and model.kv_heads == model.heads and heads_fit:
         return GPT2LMHeadModel(GPT2Config(
             n_positions=model.sequence_length, n_embd=model.hidden_size, n_layer=model.layers, n_head=model.heads, n_inner=model.ffn_size,
             layer_norm_epsilon=model.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared))
     if dialect == ("rope", "rmsnorm", "swiglu", False):
         return LlamaForCausalLM(LlamaConfig(
-            hidden_size=model.hidden_size, intermediate_size=model.ffn_size, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-            num_key_value_heads=model.kv_heads, head_dim=model.head_dim, max_position_embeddings=model.sequence_length, rms_norm_eps=model.norm_eps,
-            rope_theta=model.rope_theta, **shared))
-    raise ValueError(f"transformers' GPT-2 and Llama are not {', '.join(map(str, dialect[:3]))}, bias {model.bias}, {model.kv_heads} of {model.heads} key heads")
+            hidden_size=model.hidden_size, intermediate_size=model.ffn_size, num_hidden_layers=model.layers,
+            num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, head_dim=model.head_dim,
+            max_position_embeddings=model.sequence_length, rms_norm_eps=model.norm_eps, rope_theta=model.rope_theta, **shared))
+    raise ValueError(f"neither transformers' GPT-2 nor its Llama is {', '.join(map(str, dialect[:3]))}, bias {model.bias}, "
+                     f"{model.heads} heads of {model.head_dim}, {model.kv_heads} of keys, in {model.hidden_size}")
 
 
 # --- PyTorch's ------------------------------------------------------------------------------------------------------
@@ -162,10 +165,12 @@ def fsdp2_compile(config: Config, *, reshard_after_forward: bool) -> Trainer:
         optimizer.zero_grad()
         return torch.stack(losses).mean()
 
-    blocks = "before the forward and again before the backward pass" if reshard_after_forward else "before the forward pass, and kept until the backward pass"
+    again = "and again before its backward pass" if reshard_after_forward else "and keeps it until its backward pass"
     return Trainer(
-        step, f"every block {blocks} of every micro batch; embeddings, last norm and head once a micro batch",
-        f"fully_shard of each block, {'blocks and loss compiled' if on_gpu else 'nothing compiled on a CPU'}, SDPA with cuDNN first", close=lambda: None)
+        step, sum(p.numel() for p in model.parameters()),
+        f"every block before its forward pass {again}; embeddings, last norm and head once a micro batch",
+        f"fully_shard of each block, {'blocks and loss compiled' if on_gpu else 'nothing compiled on a CPU'}, SDPA with cuDNN first",
+        close=lambda: None)
 
 
 def sharded_gpt(config: Config, *, reshard_after_forward: bool, compiled: Callable[[Callable], Callable]) -> nn.Module:

@@ -112,7 +112,8 @@ def report(summary: dict) -> str:
         f"host           {summary['host_working_ms']:.2f} ms a step at work, {summary['host_waiting_ms']:.2f} ms waiting for the GPU; "
         f"{summary['launches']:,.0f} kernels a step",
     ]
-    return "\n".join([*lines, *(f"  {kernel['ms']:9.3f} ms  {kernel['calls']:7.1f} x  {kernel['name'][:110]}" for kernel in summary["top"])])
+    lines += [f"  {kernel['ms']:9.3f} ms  {kernel['calls']:7.1f} x  {kernel['name'][:110]}" for kernel in summary["top"]]
+    return "\n".join(lines)
 
 
 def main() -> int:
