@@ -31,7 +31,7 @@ what is computed again; `of_matmul` is MFU over the rate of a large matrix produ
 the JSON and on the screen what scripts/training_profile.py makes of it.
 
 A contender that fails is left out, and JSON and table say why; its output is in the folder beside the JSON. The JSON is written after every
-launch. Exit status 1 when a contender failed otherwise than by its memory or a missing package.
+launch. Exit status 1 when a contender failed, otherwise than by its memory, a missing package or a geometry that it has not.
 """
 
 import argparse
@@ -76,6 +76,7 @@ COMPARABLE = {
     "attention.window": (None,), "attention.document_mask": (False,),
 }  # fmt: skip
 OUT_OF_MEMORY = "out of memory"
+REFUSED = "scripts.training_peers.Refused: "
 PROFILED_STEPS = 3
 HELD_SHARE = 0.01  # of a GPU's memory in use before a micro batch: with more its processes are started anew
 AGREE_SECONDS = 120  # for a rank to come after another is done with a micro batch: it may be stuck in a collective
@@ -175,7 +176,7 @@ def run_contender(case: str, contender: str, options: argparse.Namespace, folder
 def best_row(trials: list[dict], reason: str | None) -> dict:
     """The fastest trial as a row; without one, or where the search broke off (``reason``), what happened."""
     measured = [trial for trial in trials if "step_ms" in trial]
-    failed = {"failed": True} if reason is not None and OUT_OF_MEMORY not in reason else {}
+    failed = {"failed": True} if reason is not None and OUT_OF_MEMORY not in reason and REFUSED not in reason else {}
     if not measured:
         return {"left_out": reason or trials[-1]["left_out"], "trials": trials, **failed}
     broke_off = {} if reason is None else {"search_broke_off": reason, **failed}
@@ -203,11 +204,11 @@ def launch_until_done(asked: dict, folder: Path) -> tuple[list[dict], str | None
     After a micro batch that memory did not suffice for, or that left memory behind, the next is tried in the same processes where that can
     be done; where not, they have ended, and are started anew.
     """
-    name = f"{_file_name(asked['case'])}-{asked['contender']}"
     with tempfile.TemporaryDirectory() as scratch:
         file, known = Path(scratch, "trials.json"), []
         while True:
             write_atomically(file, json.dumps({"trials": known, "complete": False}))
+            name = f"{_file_name(asked['case'])}-{asked['contender']}{'-profile' if asked['profile'] else ''}-{len(known)}"
             reason = launch(asked | {"trials": str(file)}, folder, name)
             found = json.loads(file.read_text())
             trials, before = found["trials"], len(known)
@@ -264,7 +265,7 @@ def wait(processes: list[subprocess.Popen], logs: list[Path], limit: float) -> s
 def what_it_died_of(log: str) -> str:
     """The last exception in a rank's output, or its last line."""
     lines = [each.strip() for each in log.splitlines() if each.strip()] or ["died without a word"]
-    errors = [each for each in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt)\b", each)]
+    errors = [each for each in lines if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt|Refused)\b", each)]
     reason = (errors or lines)[-1][:500]
     return f"{OUT_OF_MEMORY}: {reason}" if re.search(OUT_OF_MEMORY, "\n".join(lines[-60:]), re.IGNORECASE) else reason
 
@@ -312,7 +313,7 @@ def work(asked: dict) -> None:
 
 
 def held_share() -> float:
-    """Of the GPU's memory, what earlier micro batches have left in use: DeepSpeed 0.19.8 keeps an engine's tensors after its destroy()."""
+    """Of the GPU's memory, what earlier micro batches have left in use."""
     if not torch.cuda.is_available():
         return 0.0
     return torch.cuda.memory_allocated() / torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
@@ -363,7 +364,7 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
     trainer = build()
     try:
         if trainer.parameters != meter.parameters["total"]:
-            raise ValueError(f"{trainer.parameters:,} parameters, and the configuration's model has {meter.parameters['total']:,}")
+            raise RuntimeError(f"{trainer.parameters:,} parameters, and the configuration's model has {meter.parameters['total']:,}")
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()  # of what building took
@@ -385,8 +386,8 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
         return {
             "micro_batch": train.micro_batch_size, "accumulation": train.gradient_accumulation_steps,
             "global_batch": train.global_batch_size, "checkpointing": train.activation_checkpointing,
-            **speed(step_ms, meter, ceiling), **memory, "gathered": trainer.gathered, "made_of": trainer.made_of, "reduce_dtype": config.zero.reduce_dtype,
-            "first_loss": over_ranks(float(first_loss)), "last_loss": over_ranks(float(loss)),
+            **speed(step_ms, meter, ceiling), **memory, "gathered": trainer.gathered, "made_of": trainer.made_of,
+            "reduce_dtype": config.zero.reduce_dtype, "first_loss": over_ranks(float(first_loss)), "last_loss": over_ranks(float(loss)),
         }  # fmt: skip
     finally:
         trainer.close()
@@ -510,7 +511,8 @@ def table(result: dict) -> str:
             shares = [row[key] for key in ("mfu", "mfu_causal", "hfu", "of_matmul")]
             cells = [row["contender"], f"{row['micro_batch']} x {row['accumulation']}", f"{row['step_ms']:.1f}",
                      f"{row['tokens_per_second_per_gpu']:,.0f}", *("" if share is None else f"{share:.3f}" for share in shares),
-                     f"{row['allocated_gb']:.1f}", "" if row["reserved_gb"] is None else f"{row['reserved_gb']:.1f}", "" if ratio is None else f"{ratio:.3f}"]
+                     f"{row['allocated_gb']:.1f}", "" if row["reserved_gb"] is None else f"{row['reserved_gb']:.1f}",
+                     "" if ratio is None else f"{ratio:.3f}"]
             lines.append(f"| {' | '.join(cells)} |")
         lines += [""] + [f"{row['contender']}: left out: {row['left_out']}" if "left_out" in row else
                          f"{row['contender']}: gathers {row['gathered']} ({row['made_of']}; sums in {row['reduce_dtype']})" for row in rows]

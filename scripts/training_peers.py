@@ -5,6 +5,8 @@ Hugging Face's train ``model.gpt.GPT``, from the same initial weights, with PyTo
 gradients, sums them over ranks in zero.reduce_dtype and over micro batches in float32, and steps torch's AdamW on float32 master weights.
 """
 
+import functools
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -32,6 +35,10 @@ _ATEN = torch.ops.aten
 _ATTENTION = [_ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._scaled_dot_product_flash_attention.default,
               _ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default]
 _MATMULS = [_ATEN.mm.default, _ATEN.addmm.default]
+
+
+class Refused(ValueError):
+    """A contender has nothing that does what the configuration says."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ def ours(config: Config) -> Trainer:
     """The engine and the step of train.py."""
     engine = build_engine(config)
     return Trainer(lambda micro_batches, number: train_step(engine, micro_batches, number, config).loss, *zero3_gathers(engine),
-                   f"train.py's engine and step, attention.backend={config.attention.backend}", engine.destroy)
+                   f"train.py's engine and step, attention.backend={config.attention.backend}", partial(let_go, engine))
 
 
 def zero3_stock(config: Config) -> Trainer:
@@ -96,7 +103,16 @@ def zero3_trainer(model: nn.Module, config: Config, loss_of: Callable, made_of: 
             losses.append(loss.detach())
         return torch.stack(losses).mean()
 
-    return Trainer(step, *zero3_gathers(engine), f"{made_of}; DeepSpeed's default buckets, no leaf modules", engine.destroy)
+    return Trainer(step, *zero3_gathers(engine), f"{made_of}; DeepSpeed's default buckets, no leaf modules", partial(let_go, engine))
+
+
+def let_go(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Free the engine's memory: DeepSpeed 0.19.8's ``destroy`` leaves its modules in a list and in the keys of a cache."""
+    engine.destroy()
+    FWD_MODULE_STACK.clear()
+    for found in gc.get_objects():
+        if isinstance(found, functools._lru_cache_wrapper) and str(found.__module__).startswith("deepspeed.runtime.zero"):
+            found.cache_clear()
 
 
 def stock_config(config: Config) -> dict:
@@ -119,27 +135,29 @@ def huggingface_model(config: Config) -> nn.Module:
     """GPT2LMHeadModel or LlamaForCausalLM with as many parameters as ``GPT``.
 
     Raises:
-        ValueError: transformers has no model of this geometry, or no such checkpointing.
+        Refused: transformers has no model of this geometry, or no such checkpointing.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
     model, checkpointing = config.model, config.train.activation_checkpointing
     if checkpointing not in ("none", "full"):
-        raise ValueError(f"transformers has no train.activation_checkpointing: {checkpointing}")
-    dialect, heads_fit = (model.positions, model.norm, model.activation, model.bias), model.heads * model.head_dim == model.hidden_size
+        raise Refused(f"transformers has no train.activation_checkpointing={checkpointing}")
+    dialect = (model.positions, model.norm, model.activation, model.bias)
+    llama = dialect == ("rope", "rmsnorm", "swiglu", False)
+    plain_heads = model.kv_heads == model.heads and model.heads * model.head_dim == model.hidden_size
+    if not llama and not (dialect == ("learned", "layernorm", "gelu", True) and plain_heads):
+        raise Refused(f"neither transformers' GPT-2 nor its Llama is {', '.join(map(str, dialect[:3]))}, bias {model.bias}, "
+                      f"{model.heads} heads of {model.head_dim}, {model.kv_heads} of keys, in {model.hidden_size}")
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
     shared = {"vocab_size": model.vocab_size, "initializer_range": model.init_std, "tie_word_embeddings": model.tied_embeddings,
               "use_cache": False, "attn_implementation": "sdpa"}
-    if dialect == ("learned", "layernorm", "gelu", True) and model.kv_heads == model.heads and heads_fit:
-        return GPT2LMHeadModel(GPT2Config(
-            n_positions=model.sequence_length, n_embd=model.hidden_size, n_layer=model.layers, n_head=model.heads, n_inner=model.ffn_size,
-            layer_norm_epsilon=model.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared))
-    if dialect == ("rope", "rmsnorm", "swiglu", False):
+    if llama:
         return LlamaForCausalLM(LlamaConfig(
             hidden_size=model.hidden_size, intermediate_size=model.ffn_size, num_hidden_layers=model.layers,
             num_attention_heads=model.heads, num_key_value_heads=model.kv_heads, head_dim=model.head_dim,
             max_position_embeddings=model.sequence_length, rms_norm_eps=model.norm_eps, rope_theta=model.rope_theta, **shared))
-    raise ValueError(f"neither transformers' GPT-2 nor its Llama is {', '.join(map(str, dialect[:3]))}, bias {model.bias}, "
-                     f"{model.heads} heads of {model.head_dim}, {model.kv_heads} of keys, in {model.hidden_size}")
+    return GPT2LMHeadModel(GPT2Config(
+        n_positions=model.sequence_length, n_embd=model.hidden_size, n_layer=model.layers, n_head=model.heads, n_inner=model.ffn_size,
+        layer_norm_epsilon=model.norm_eps, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared))
 
 
 # --- PyTorch's ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A rank of scripts/benchmark_training.py on a machine with too little memory: the variable SCENARIO says for what, and who finds out."""
 
+import gc
 import json
 import os
 import sys
@@ -24,13 +25,15 @@ def limited(self, x, **context):
 
 
 def held_share() -> float:
+    """Prints the bytes of all tensors that there are, and says what the scenario does."""
+    storages = [each.untyped_storage() for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
+    print("held", sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()), flush=True)
     return float(SCENARIO["leaks"] and os.environ.pop("FIRST", None) is None)
 
 
 Block.forward, benchmark_training.held_share, benchmark_training.AGREE_SECONDS = limited, held_share, 3
 os.environ["FIRST"] = "1"
 if __name__ == "__main__":
-    print("started", flush=True)
     try:
         benchmark_training.work(json.loads(sys.argv[2]))
     except Exception:

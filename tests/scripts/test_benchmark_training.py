@@ -11,7 +11,7 @@ import torch
 from model.gpt import GPT
 from scripts import benchmark_training as benchmark
 from scripts.training_profile import PROFILED, common, length, report, summarise, union
-from scripts.training_peers import CONTENDERS, cross_entropy, set_learning_rate
+from scripts.training_peers import CONTENDERS, Refused, cross_entropy, huggingface_model, set_learning_rate
 from training.engine import build_optimizer
 from training.metering import Meter
 
@@ -116,6 +116,9 @@ def test_a_micro_batch_out_of_memory_does_not_end_the_search(tmp_path, tiny, mon
         fits = trial["micro_batch"] <= scenario["fits"]
         assert ("step_ms" in trial) == fits and ("out of memory" in trial.get("left_out", "")) != fits
     assert row["micro_batch"] <= scenario["fits"] and "failed" not in row
+    for log in tmp_path.glob("*.log"):
+        held = [int(number) for number in re.findall(r"^held (\d+)$", log.read_text(), re.MULTILINE)]
+        assert max(held) < held[0] + 1000, "a micro batch's tensors are gone before the next"
     assert [row["first_loss"], row["last_loss"]] == pytest.approx(plain_losses(case, 2, monkeypatch), abs=1e-4)
 
 
@@ -158,6 +161,7 @@ def test_a_contender_that_hangs_is_ended_at_the_limit(tmp_path, monkeypatch):
     ("torch.OutOfMemoryError: CUDA out of memory. Tried", "out of memory: torch.OutOfMemoryError: CUDA out of memory. Tried"),
     ("torch.distributed.DistBackendError: NCCL error\nLast error:\nCuda failure 2 'out of memory'\n",
      "out of memory: torch.distributed.DistBackendError: NCCL error"),
+    ("scripts.training_peers.Refused: no such model", f"{benchmark.REFUSED}no such model"),
     ("Segmentation fault", "Segmentation fault"),
     ("", "died without a word"),
 ])  # fmt: skip
@@ -183,6 +187,17 @@ def test_speed_by_hand():
 def test_speed_without_a_known_peak_is_no_mfu():
     told = benchmark.speed([100.0], Meter(benchmark.case_config("gpt2-124m", 1), 1, device_name="CPU"), ceiling=1.0)
     assert told["mfu"] is told["mfu_causal"] is told["hfu"] is None and told["tokens_per_second_per_gpu"] == 10 * 128 * 1024
+
+
+@pytest.mark.parametrize("override, message", [
+    ("train.activation_checkpointing=selective", "transformers has no train.activation_checkpointing=selective"),
+    ("model.positions=alibi", "neither transformers' GPT-2 nor its Llama is alibi, layernorm, gelu, bias True"),
+    ("model.kv_heads=1", "2 heads of 16, 1 of keys")])
+def test_what_transformers_has_not_is_refused(tiny, override, message):
+    with pytest.raises(Refused, match=message):
+        huggingface_model(benchmark.case_config(f"{tiny},{override}", 2, 4))
+    assert "failed" not in benchmark.best_row([], f"{benchmark.REFUSED}{message}")
+    assert f"{Refused.__module__}.{Refused.__name__}: " == benchmark.REFUSED
 
 
 def test_the_driver_knows_the_contenders():
@@ -222,8 +237,9 @@ def test_a_profile_by_hand():
     """Two steps in 10 ms: 6 ms of products, 3 ms of NCCL, 2 of them beside a product; a copy of 0.5 ms; the host waits 4 ms in all."""
     events = [
         event(PROFILED, 1000, 10000, "user_annotation"), event(PROFILED, 900, 9000, "gpu_user_annotation"),
-        {"ph": "M", "name": "process_name"}, event("gemm", 1000, 4000), event("gemm", 6000, 2000), event("ncclDevKernel_AllGather", 4000, 3000),
-        event("Memcpy DtoH", 9000, 500, "gpu_memcpy"), event("warm-up", 0, 500), event("cudaLaunchKernel", 1000, 10, "cuda_runtime"),
+        {"ph": "M", "name": "process_name"}, event("gemm", 1000, 4000), event("gemm", 6000, 2000),
+        event("ncclDevKernel_AllGather", 4000, 3000), event("Memcpy DtoH", 9000, 500, "gpu_memcpy"), event("warm-up", 0, 500),
+        event("cudaLaunchKernel", 1000, 10, "cuda_runtime"),
         event("cudaStreamSynchronize", 5000, 1000, "cuda_runtime"), event("cudaDeviceSynchronize", 8000, 3000, "cuda_runtime"),
         event("aten::mm", 1000, 50, "cpu_op"),
     ]  # fmt: skip
