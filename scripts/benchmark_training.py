@@ -30,8 +30,9 @@ what is computed again; `of_matmul` is MFU over the rate of a large matrix produ
 --profile NAME traces 3 steps of rank 0 at that contender's best micro batch in a launch of its own: a Chrome trace beside the JSON, and in
 the JSON and on the screen what scripts/training_profile.py makes of it.
 
-A contender that fails is left out, and JSON and table say why; its output is in the folder beside the JSON. The JSON is written after every
-launch. Exit status 1 when a contender failed, otherwise than by its memory, a missing package or a geometry that it has not.
+A contender that fails is left out, and JSON and table say why; every process's output is in the folder beside the JSON. The JSON is
+written after every contender. Exit status 1 when a contender failed, otherwise than by its memory, a missing package or a geometry that it
+has not.
 """
 
 import argparse
@@ -344,14 +345,16 @@ def try_out(build: Callable, config: Config, asked: dict, ceiling: float, agreei
         told = measure(build, config, asked, ceiling)
     except torch.OutOfMemoryError as error:
         problem = f"{OUT_OF_MEMORY}: {str(error).splitlines()[0]}"
-        print(problem, flush=True)
     # Not before here: the exception held the frames, and these the tensors.
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem, group=agreeing)
+    try:
+        dist.all_gather_object(problems, problem, group=agreeing)
+    except RuntimeError as error:
+        raise RuntimeError(problem or "another rank did not come to its end of a micro batch") from error
     problem = next(filter(None, problems), None)
     return told if problem is None else {"left_out": problem}
 
@@ -516,6 +519,7 @@ def table(result: dict) -> str:
             lines.append(f"| {' | '.join(cells)} |")
         lines += [""] + [f"{row['contender']}: left out: {row['left_out']}" if "left_out" in row else
                          f"{row['contender']}: gathers {row['gathered']} ({row['made_of']}; sums in {row['reduce_dtype']})" for row in rows]
+        lines += [f"{row['contender']}: its search broke off: {row['search_broke_off']}" for row in rows if "search_broke_off" in row]
     return "\n".join(lines).strip()
 
 
