@@ -5,7 +5,8 @@
 
 MFU counts what the model's mathematics needs, HFU also what activation checkpointing computes twice (PaLM, arXiv:2204.02311,
 appendix B). A multiply-add is two FLOPs. What the causal mask skips counts as computed, so that figures compare with published ones, and
-so do pairs of tokens of different documents (attention.document_mask), whose number the data decides: skipping either raises MFU.
+so do pairs of tokens of different documents (attention.document_mask), whose number the data decides: skipping either raises MFU. With
+``causal_discount`` only pairs that the causal mask shows count, about half of them.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Literal
 
 
 def model_flops_per_token(
-    *, matmul_parameters: int, layers: int, attention_width: int, sequence_length: int, window: int | None = None
+    *, matmul_parameters: int, layers: int, attention_width: int, sequence_length: int, window: int | None = None, causal_discount: bool = False
 ) -> int:
     """FLOPs of one forward and backward pass, per token: 6 N + 12 L (H Q) S (PaLM, appendix B), with a window less of S.
 
@@ -22,8 +23,11 @@ def model_flops_per_token(
     attention_width: query heads * head_dim (H Q).
     sequence_length: S, in tokens.
     window: keys that a query sees, its own the last; None: all before it. See `attention_pairs`.
+    causal_discount: count the visible pairs alone.
     """
     pairs = attention_pairs(sequence_length, window)
+    if causal_discount:
+        pairs = (pairs + sequence_length) // 2
     return 6 * matmul_parameters + 12 * layers * attention_width * pairs // sequence_length
 
 

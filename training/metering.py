@@ -26,6 +26,7 @@ class Meter:
         shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,
                  "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)
+        self.causal_flops_per_token = model_flops_per_token(**shape, causal_discount=True)
         recomputed = count_recomputed(model, checkpointing_of(config))
         self.hardware_flops_per_token = hardware_flops_per_token(
             **shape, recomputed_parameters=recomputed["parameters"], recomputed_layers=recomputed["layers"])

@@ -34,6 +34,14 @@ def test_a_window_leaves_the_pairs_less_than_it_apart(window):
     assert attention_pairs(16, window) == 2 * visible - 16
 
 
+def test_the_causal_discount_counts_visible_pairs_alone():
+    # 1024 * 1025 / 2 pairs are visible, 512.5 a token, of the 1024 that count otherwise.
+    assert model_flops_per_token(**GPT2) - model_flops_per_token(**GPT2, causal_discount=True) == 12 * 12 * 768 * (1024 - 512.5)
+    # 256 keys: 256 * 1024 less the 255 * 256 / 2 that the first queries lack.
+    visible = 256 * 1024 - 255 * 128
+    assert model_flops_per_token(**GPT2, window=256, causal_discount=True) == 6 * 123_689_472 + 12 * 12 * 768 * visible // 1024
+
+
 def test_flops_fall_with_the_window():
     # 1,024 positions, 256 keys: 1024^2 - 768 * 769 = 457,984 pairs, 447.25 a token.
     fall = 12 * 768 * (1024 - 447.25)
