@@ -142,8 +142,7 @@ def test_deepspeed_reads_every_key_it_is_given(seen):
 
 @pytest.mark.gpu
 def test_checkpointing_and_offload_on_a_gpu(tmp_path):
-    """The same losses in every mode; what is computed again leaves the GPU's memory. DeepSpeed's, whose block inputs wait on the CPU, takes more
-    than ours here, where they are 32 MB of it: its backward pass holds more of a block at once."""
+    """The same losses in every mode; block inputs that wait on the CPU, and whatever else is computed again, leave the GPU's memory."""
     out = tmp_path / "seen.json"
     done = deepspeed_run("tests/training/zero_worker.py", out, processes=1, gpus=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -153,4 +152,4 @@ def test_checkpointing_and_offload_on_a_gpu(tmp_path):
         assert_same_training(cell, cells["none, none, bf16"], relative=2e-3, name=name)
     used = {mode: cells[f"{mode}, none, bf16"]["bytes"] for mode in ("none", "every_n", "selective and matmuls", "selective", "full", "deepspeed")}
     assert used["full"] < used["every_n"] < used["none"] and used["full"] < used["selective"] < used["selective and matmuls"] < used["none"], used
-    assert used["full"] < used["deepspeed"] < used["every_n"], used
+    assert used["deepspeed"] < used["full"], used

@@ -5,6 +5,7 @@ One launch for all of them: starting Python, torch and the process group costs m
 
 import dataclasses
 import functools
+import gc
 import itertools
 import json
 import sys
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from model.gpt import GPT, IGNORED_LABEL, hidden_layers, parameter_groups
+from scripts.training_peers import let_go
 from training.batches import validation_batches
 from training.checkpoints import LoopState
 from training.config import Config, load_config
@@ -83,7 +85,7 @@ def train(config: Config, ignored: bool = False, expected: dict[str, torch.Tenso
     found = {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
     if expected is not None:
         found["furthest"] = furthest(engine, expected)
-    engine.destroy()
+    let_go(engine)
     return found
 
 
@@ -183,9 +185,11 @@ def on_a_gpu() -> dict:
     for mode, parameters in itertools.product(CHECKPOINTING, ("none", "cpu")):
         for precision in ("bf16", "fp16"):
             torch.nn.functional.linear = LINEAR
+            gc.collect()
             torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
             settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.offload_parameters={parameters}"]
-            cells[f"{mode}, {parameters}, {precision}"] = {**train(configure(*big, *settings, *CHECKPOINTING[mode])), "bytes": torch.cuda.max_memory_allocated()}
+            cells[f"{mode}, {parameters}, {precision}"] = {**train(configure(*big, *settings, *CHECKPOINTING[mode])), "bytes": torch.cuda.max_memory_allocated() - held}
     return cells
 
 
