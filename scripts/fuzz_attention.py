@@ -10,7 +10,7 @@ documents and tensors of its own. All follow from seed, number and the kind of d
 
 - output, log-sum-exp and every gradient are finite where they should be, and as close to float64 as RULE says;
 - what float64 says is exactly 0 in the output and in dV, as for queries that see nothing and keys that nobody sees, is exactly 0;
-- a second forward and backward pass gives the same bits.
+- a second forward and backward pass gives the same bits, where both are asked to be deterministic.
 
 Each signature's cases run one after the other in one of --jobs processes, which share the work of compiling; a case that kills its process,
 or hangs it, fails alone. Exit code 0: all passed; 1: one failed; 2: nothing here can run them.
@@ -279,12 +279,12 @@ def document_options(case: Case, device: str) -> dict[str, torch.Tensor]:
     return {"document_ids": torch.stack([ids.repeat_interleave(row) for row in lengths]).int().to(device)}
 
 
-def call(backend: str, case: Case, given: Given, dtype: torch.dtype | None = None, return_lse: bool = False):
+def call(backend: str, case: Case, given: Given, dtype: torch.dtype | None = None, return_lse: bool = False, **further):
     """(leaves, out, log-sum-exp or None), everything in `dtype` where one is named."""
     leaves = {name: x.to(dtype or x.dtype).detach().requires_grad_() for name, x in given.leaves.items()}
     inputs = dict(leaves)
     torch.manual_seed(case.seed)  # all draw the same dropout
-    options = dict(given.options, backend=backend, return_lse=return_lse or given.dlse is not None)
+    options = dict(given.options, backend=backend, return_lse=return_lse or given.dlse is not None, **further)
     if "qkv" in inputs:
         outputs = attention_packed(**inputs, heads=case.signature.heads, kv_heads=case.signature.kv_heads, **options)
     else:
@@ -300,9 +300,9 @@ def gradients(case: Case, leaves, outputs, of_outputs, retain_graph: bool = Fals
     return {f"d{name}": x for name, x in found.items()}
 
 
-def results(backend: str, case: Case, given: Given) -> dict[str, torch.Tensor]:
+def results(backend: str, case: Case, given: Given, **further) -> dict[str, torch.Tensor]:
     """Output and gradients, and the log-sum-exp where it is asked for."""
-    leaves, out, lse = call(backend, case, given)
+    leaves, out, lse = call(backend, case, given, **further)
     if lse is None:
         return {"out": out.detach()} | gradients(case, leaves, out, given.dout)
     return {"out": out.detach(), "lse": lse.detach()} | gradients(case, leaves, (out, lse), (given.dout, given.dlse))
@@ -406,7 +406,7 @@ def compare(draws: Iterable[Outcome], times: float = 2) -> tuple[list[str], dict
 
 
 def judge(backend: str, case: Case, device: str) -> tuple[list[str], dict[str, float], int]:
-    """As `compare`; a fault, too, is a second pass that gives other bits."""
+    """As `compare`; a fault, too, is a second deterministic pass that gives other bits."""
 
     def outcome(draw: int) -> Outcome:
         tensors = given(case, draw, device)
@@ -415,7 +415,7 @@ def judge(backend: str, case: Case, device: str) -> tuple[list[str], dict[str, f
 
     faults, worst, draws = compare(map(outcome, range(DRAWS)))
     if "deterministic" in BACKENDS[backend].features:
-        first, second = (results(backend, case, given(case, 0, device)) for _ in range(2))
+        first, second = (results(backend, case, given(case, 0, device), deterministic=True) for _ in range(2))
         faults += [f"{name} has other bits the second time" for name in first if not torch.equal(first[name], second[name])]
     return faults, worst, draws
 

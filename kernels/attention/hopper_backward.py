@@ -58,10 +58,10 @@ from kernels.attention.hopper_shared import (
     arrive,
     descriptor,
     in_place,
-    launch,
     readable_by_tma,
     synchronise,
 )
+from kernels.attention.operators import launch, launch_specialised, operator
 from kernels.attention.triton_backward import ROWS_PER_PROGRAM, launch_rows
 from kernels.attention.triton_forward import LOG2_E, blocks, dense_rows, strides
 from kernels.attention.triton_tiles import store_rows
@@ -507,22 +507,21 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
         )  # fmt: skip
         programs = blocks(seq_k, KEYS.value) * batch * kv_heads
         launch(backward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, of), OPTIONS)
-        grid = (blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads,)
-        convert_kernel[grid](sums, dq, heads, seq_q, rows, scale, *strides(dq), head_dim, ROWS_PER_PROGRAM)
+        programs = blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads
+        launch_specialised(convert_kernel, programs, (sums, dq, heads, seq_q, rows, scale, *strides(dq)), (head_dim, ROWS_PER_PROGRAM))
 
 
-@torch.library.custom_op(
-    "recipe::hopper_attention_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor)",
+def _gradients(dout, dlse, q, k, v, *_):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+@operator(
+    "hopper_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    _gradients,
 )
 def attention_backward(dout, dlse, q, k, v, out, lse, causal, scale):
     """(dq, dk, dv), shaped as q, k and v, from the gradients of `hopper_forward.attention_forward`'s two outputs and all it saved."""
     gradients = _gradients(dout, dlse, q, k, v)
     launch_backward(dout, dlse, q, k, v, out, lse, causal, scale, *gradients)
     return gradients
-
-
-@attention_backward.register_fake
-def _gradients(dout, dlse, q, k, v, *_):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))

@@ -60,11 +60,11 @@ from kernels.attention.hopper_shared import (
     arrive,
     descriptor,
     in_place,
-    launch,
     multiprocessors,
     readable_by_tma,
     synchronise,
 )
+from kernels.attention.operators import differentiable, launch, operator
 from kernels.attention.triton_forward import LOG2_E, outputs
 from kernels.attention.tuning import HopperTile, hopper_tile
 
@@ -623,10 +623,10 @@ def new_trace(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.int64, device=q.device)
 
 
-@torch.library.custom_op("recipe::hopper_attention_forward", mutates_args=())
-def attention_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scale: float, deterministic: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+@operator(
+    "hopper_attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool deterministic=False) -> (Tensor, Tensor)", outputs
+)
+def attention_forward(q, k, v, causal, scale, deterministic=False):
     """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
 
     float16 or bfloat16, head_dim 64 or 128. Strided tensors are read in place where TMA can: every row aligned to 16 bytes, the last
@@ -635,11 +635,9 @@ def attention_forward(
     return launch_forward(q, k, v, causal, scale)
 
 
-attention_forward.register_fake(outputs)
-
-
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.causal, ctx.scale, ctx.deterministic = inputs
+    *tensors, ctx.causal, ctx.scale = inputs[:5]
+    ctx.deterministic = inputs[5:] == (True,)
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
@@ -655,4 +653,4 @@ def _differentiate(ctx, dout, dlse):
     return dq, dk, dv, None, None, None
 
 
-attention_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+differentiable(attention_forward, _save_for_backward, _differentiate)

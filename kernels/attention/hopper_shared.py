@@ -1,9 +1,8 @@
-"""What the Hopper kernels of both passes share: the hardware's named barriers, TMA's view of a tensor, launching."""
+"""What the Hopper kernels of both passes share: the hardware's named barriers, TMA's view of a tensor."""
 
 from functools import cache
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -66,15 +65,3 @@ def readable_by_tma(x: torch.Tensor) -> torch.Tensor:
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
-
-
-def launch(kernel, programs: int, arguments: tuple, key: tuple, options: dict) -> None:
-    """Starts the kernel, found by `key`, all that its compilation depends on: Triton itself takes some 30 microseconds longer."""
-    key = kernel, *key
-    if key in _compiled:
-        _compiled[key][(programs, 1, 1)](*arguments)
-    else:
-        _compiled[key] = kernel[(programs, 1, 1)](*arguments, **options)

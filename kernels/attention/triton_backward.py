@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.attention.operators import launch_specialised, operator
 from kernels.attention.triton_forward import FEATURES_SCHEMA, Features, blocks, dense_rows, dot_precision, kernel_arguments, strides, widths
 from kernels.attention.triton_tiles import (
     LOG2_E,
@@ -272,11 +273,11 @@ def launch_rows(dout, dlse, out, lse, rows: int) -> tuple[torch.Tensor, torch.Te
     """(lse_log2, delta), float32 [batch, heads, rows], rows at least seq_q; the last dimensions of dout and out are dense."""
     batch, seq_q, heads, value_dim = out.shape
     lse_log2, delta = (torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device) for _ in range(2))
-    row_kernel[(blocks(rows, ROWS_PER_PROGRAM) * batch * heads,)](
-        dout, None if dlse is None else dlse.contiguous(), out, lse, lse_log2, delta,
-        heads, seq_q, rows, LOG2_E,
-        *strides(dout), *strides(out),
-        *widths(value_dim, value_dim)[2:], ROWS_PER_PROGRAM,
+    dlse = None if dlse is None else dlse.contiguous()
+    launch_specialised(
+        row_kernel, blocks(rows, ROWS_PER_PROGRAM) * batch * heads,
+        (dout, dlse, out, lse, lse_log2, delta, heads, seq_q, rows, LOG2_E, *strides(dout), *strides(out)),
+        (*widths(value_dim, value_dim)[2:], ROWS_PER_PROGRAM),
     )  # fmt: skip
     return lse_log2, delta
 
@@ -294,20 +295,26 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     with torch.cuda.device_of(q):
         lse_log2, delta = launch_rows(dout, dlse, out, lse, seq_q)
         block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features)
-        dkdv_kernel[(blocks(seq_k, block_n) * batch * kv_heads,)](
-            q, k, v, dout, lse_log2, delta, dk, dv, *pointers,
-            kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
-            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-            group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
+        launch_specialised(
+            dkdv_kernel, blocks(seq_k, block_n) * batch * kv_heads,
+            (
+                q, k, v, dout, lse_log2, delta, dk, dv, *pointers,
+                kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
+                *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
+            ),
+            (group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision),
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
         block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features)
-        dq_kernel[(blocks(seq_q, block_m) * batch * heads,)](
-            q, k, v, dout, lse_log2, delta, dq, *pointers,
-            heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
-            *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
-            group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
+        launch_specialised(
+            dq_kernel, blocks(seq_q, block_m) * batch * heads,
+            (
+                q, k, v, dout, lse_log2, delta, dq, *pointers,
+                heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
+                *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
+            ),
+            (group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision),
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
     if features.sinks is None:
@@ -317,20 +324,18 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     return -(p * delta).sum(dim=(0, 2))
 
 
-@torch.library.custom_op(
-    "recipe::attention_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale, "
+def _gradients(dout, dlse, q, k, v, out, lse, causal, scale, *features):
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, lse.new_empty(0 if Features(*features).sinks is None else q.shape[2])
+
+
+@operator(
+    "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, bool causal, float scale, "
     f"{FEATURES_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
 )
 def attention_backward(dout, dlse, q, k, v, out, lse, causal, scale, *features):
     """(dq, dk, dv), shaped as q, k and v, and dsinks, float32 [heads] (empty without sinks), from the gradients of `attention_forward`'s
     two outputs and all it saved."""
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, launch_backward(dout, dlse, q, k, v, out, lse, causal, scale, Features(*features), dq, dk, dv)
-
-
-@attention_backward.register_fake
-def _gradients(dout, dlse, q, k, v, out, lse, causal, scale, *features):
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv, lse.new_empty(0 if Features(*features).sinks is None else q.shape[2])

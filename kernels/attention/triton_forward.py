@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import dropout
+from kernels.attention.operators import differentiable, launch_specialised, operator
 from kernels.attention.triton_tiles import (
     INTO_BASE_2,
     LOG2_E,
@@ -212,34 +213,33 @@ def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> t
     pointers, numbers, causal, score_features = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
     block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, max(head_dim, value_dim), score_features)
     with torch.cuda.device_of(q):
-        forward_kernel[(blocks(seq_q, block_m) * batch * heads,)](
-            q, k, v, out, lse, features.sinks, *pointers,
-            heads, seq_q, seq_k, scale * LOG2_E, *numbers,
-            *strides(q), *strides(k), *strides(v), *strides(out),
-            heads // kv_heads, *widths(head_dim, value_dim), block_m, block_n,
-            causal, seq_q % block_m == 0, seq_k % block_n == 0, dot_precision(q.dtype),
+        launch_specialised(
+            forward_kernel, blocks(seq_q, block_m) * batch * heads,
+            (
+                q, k, v, out, lse, features.sinks, *pointers,
+                heads, seq_q, seq_k, scale * LOG2_E, *numbers,
+                *strides(q), *strides(k), *strides(v), *strides(out),
+            ), (
+                heads // kv_heads, *widths(head_dim, value_dim), block_m, block_n,
+                causal, seq_q % block_m == 0, seq_k % block_n == 0, dot_precision(q.dtype),
+            ),
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
         )  # fmt: skip
     return out, lse
 
 
-@torch.library.custom_op(
-    "recipe::attention_forward",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)",
-)
+def outputs(q, k, v, *_):
+    batch, seq_q, heads, _ = q.shape
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
+
+
+@operator(f"attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)", outputs)
 def attention_forward(q, k, v, causal, scale, *features):
     """(out [batch, seq_q, heads, value_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
 
     After scale come the fields of `Features`, by position or name.
     """
     return launch_forward(q, k, v, causal, scale, Features(*features))
-
-
-@attention_forward.register_fake
-def outputs(q, k, v, *_):
-    batch, seq_q, heads, _ = q.shape
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
 
 
 def keep_for_backward(ctx, tensors, causal: bool, scale: float, features: Features) -> None:
@@ -271,7 +271,7 @@ def differentiate(ctx, dout, dlse):
     (q, k, v, out, lse), features = kept_for_backward(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, *features)
-    return (dq, dk, dv, None, None, *feature_gradients(features, dsinks))[: len(ctx.needs_input_grad)]
+    return dq, dk, dv, None, None, *feature_gradients(features, dsinks)
 
 
-attention_forward.register_autograd(differentiate, setup_context=save_for_backward)
+differentiable(attention_forward, save_for_backward, differentiate)

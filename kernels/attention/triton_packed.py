@@ -4,6 +4,7 @@ backward writes their gradients into one buffer.
 
 import torch
 
+from kernels.attention.operators import differentiable, operator
 from kernels.attention.triton_backward import launch_backward
 from kernels.attention.triton_forward import (
     FEATURES_SCHEMA,
@@ -19,38 +20,34 @@ def _slices(packed, heads, kv_heads):
     return packed.split([heads, kv_heads, kv_heads], dim=2)
 
 
-@torch.library.custom_op(
-    "recipe::attention_packed_forward",
-    mutates_args=(),
-    schema=f"(Tensor qkv, SymInt heads, SymInt kv_heads, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)",
+def _outputs(qkv, heads, *_):
+    batch, seq, _, head_dim = qkv.shape
+    return qkv.new_empty((batch, seq, heads, head_dim)), qkv.new_empty((batch, heads, seq), dtype=torch.float32)
+
+
+@operator(
+    f"attention_packed_forward(Tensor qkv, SymInt heads, SymInt kv_heads, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)",
+    _outputs,
 )
 def attention_packed_forward(qkv, heads, kv_heads, causal, scale, *features):
     """`attention_forward` of the slices of qkv [batch, seq, heads + 2 * kv_heads, head_dim]."""
     return launch_forward(*_slices(qkv, heads, kv_heads), causal, scale, Features(*features))
 
 
-@attention_packed_forward.register_fake
-def _outputs(qkv, heads, *_):
-    batch, seq, _, head_dim = qkv.shape
-    return qkv.new_empty((batch, seq, heads, head_dim)), qkv.new_empty((batch, heads, seq), dtype=torch.float32)
+def _gradients(dout, dlse, qkv, out, lse, heads, kv_heads, causal, scale, *features):
+    return qkv.new_empty(qkv.shape), lse.new_empty(0 if Features(*features).sinks is None else heads)
 
 
-@torch.library.custom_op(
-    "recipe::attention_packed_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, SymInt heads, SymInt kv_heads, bool causal, float scale, "
-    f"{FEATURES_SCHEMA}) -> (Tensor, Tensor)",
+@operator(
+    "attention_packed_backward(Tensor dout, Tensor? dlse, Tensor qkv, Tensor out, Tensor lse, SymInt heads, SymInt kv_heads, bool causal, "
+    f"float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)",
+    _gradients,
 )
 def attention_packed_backward(dout, dlse, qkv, out, lse, heads, kv_heads, causal, scale, *features):
     """(dqkv, shaped as qkv, and dsinks, as `attention_backward` gives it)."""
     dqkv = qkv.new_empty(qkv.shape)
     slices, gradients = _slices(qkv, heads, kv_heads), _slices(dqkv, heads, kv_heads)
     return dqkv, launch_backward(dout, dlse, *slices, out, lse, causal, scale, Features(*features), *gradients)
-
-
-@attention_packed_backward.register_fake
-def _gradients(dout, dlse, qkv, out, lse, heads, kv_heads, causal, scale, *features):
-    return qkv.new_empty(qkv.shape), lse.new_empty(0 if Features(*features).sinks is None else heads)
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -65,4 +62,4 @@ def _differentiate(ctx, dout, dlse):
     return dqkv, None, None, None, None, *feature_gradients(features, dsinks)
 
 
-attention_packed_forward.register_autograd(_differentiate, setup_context=_save_for_backward)
+differentiable(attention_packed_forward, _save_for_backward, _differentiate)

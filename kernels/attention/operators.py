@@ -1,0 +1,84 @@
+"""What a call costs the CPU: operators of torch.library without custom_op's wrappers, kernels started without Triton's.
+
+Both look at every argument anew in each call, which takes longer than a small problem takes on the GPU.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import _C
+from torch.autograd.function import once_differentiable
+
+LIBRARY = torch.library.Library("recipe", "FRAGMENT")
+
+
+def operator(schema: str, fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
+    """Decorator: makes of a function the operator recipe::`schema`; `fake` returns empty tensors like its results, which it must not share."""
+
+    def define(function: Callable) -> torch._ops.OpOverload:
+        name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"recipe::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.recipe, name).default
+
+    return define
+
+
+def differentiable(operator: torch._ops.OpOverload, save_for_backward: Callable, differentiate: Callable) -> None:
+    """Gives an operator gradients, once differentiable.
+
+    Args:
+        save_for_backward: of (ctx, inputs, outputs). PyTorch leaves out the last inputs where they are the schema's defaults.
+        differentiate: of (ctx, *gradients of the outputs); returns those of all inputs of the schema, None where there is none.
+    """
+
+    def compute(keyset, *inputs):
+        with _C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset & _C._after_autograd_keyset, *inputs)
+
+    def forward(ctx, keyset, *inputs):
+        outputs = compute(keyset, *inputs)
+        save_for_backward(ctx, inputs, outputs)
+        return outputs
+
+    def backward(ctx, *gradients):
+        return None, *differentiate(ctx, *gradients)[: len(ctx.needs_input_grad) - 1]
+
+    name = operator.name().removeprefix("recipe::")
+    node = type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))})
+
+    def dispatch(keyset, *inputs):
+        return (node.apply if torch.is_grad_enabled() and _C._any_requires_grad(*inputs) else compute)(keyset, *inputs)
+
+    LIBRARY.impl(name, dispatch, "Autograd", with_keyset=True)
+
+
+_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+
+
+def launch(kernel, programs: int, arguments: tuple, key: tuple, options: dict) -> None:
+    """kernel[(programs,)](*arguments, **options), found by `key`, all that its compilation depends on, the device included."""
+    key = kernel, *key
+    if key in _compiled:
+        _compiled[key][(programs, 1, 1)](*arguments)
+    else:
+        _compiled[key] = kernel[(programs, 1, 1)](*arguments, **options)
+
+
+def launch_specialised(kernel, programs: int, arguments: tuple, constants: tuple, **options) -> None:
+    """kernel[(programs,)](*arguments, *constants, **options), on the current device; constants: what the kernel declares tl.constexpr."""
+    if isinstance(kernel, triton.JITFunction):
+        key = torch.cuda.current_device(), *map(_specialisation, arguments), *constants, *options.values()
+        launch(kernel, programs, (*arguments, *constants), key, options)
+    else:  # the interpreter's
+        kernel[(programs,)](*arguments, *constants, **options)
+
+
+def _specialisation(x):
+    """What Triton compiles a kernel anew for: a tensor's dtype and alignment; an integer's width, whether 16 divides it, and whether it is 1."""
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if type(x) is int:
+        return -(2**31) <= x < 2**31, x % 16 == 0, x == 1
+    return type(x)
