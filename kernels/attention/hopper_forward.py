@@ -53,6 +53,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.core import _aggregate as aggregate  # exported to Gluon programs by this name alone
 
+from kernels.attention import hopper_backward, triton_backward
 from kernels.attention.hopper_shared import (
     FIRST_FREE_BARRIER,
     LOAD_REGISTERS,
@@ -645,11 +646,8 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, dout, dlse):
     q, k, v, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    if ctx.deterministic:
-        from kernels.attention.triton_backward import attention_backward
-    else:
-        from kernels.attention.hopper_backward import attention_backward
-    dq, dk, dv, *_ = attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale)
+    kernels = triton_backward if ctx.deterministic else hopper_backward
+    dq, dk, dv, *_ = kernels.attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale)
     return dq, dk, dv, None, None, None
 
 

@@ -288,13 +288,13 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads, value_dim = v.shape[1:]
     lse = lse.contiguous()
-    pointers, numbers, causal, score_features = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
+    pointers, numbers, causal, score_features, bounded = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
     width = widths(head_dim, value_dim)
     group, precision, widest = heads // kv_heads, dot_precision(q.dtype), max(head_dim, value_dim)
 
     with torch.cuda.device_of(q):
         lse_log2, delta = launch_rows(dout, dlse, out, lse, seq_q)
-        block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features)
+        block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features, bounded)
         launch_specialised(
             dkdv_kernel, blocks(seq_k, block_n) * batch * kv_heads,
             (
@@ -306,7 +306,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
             num_warps=warps, num_stages=stages, enable_fp_fusion=True,
         )  # fmt: skip
 
-        block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features)
+        block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features, bounded)
         launch_specialised(
             dq_kernel, blocks(seq_q, block_m) * batch * heads,
             (

@@ -185,7 +185,8 @@ class Arguments(NamedTuple):
     pointers: tuple  # alibi_slopes, doc_start, doc_end, dropout_seed
     numbers: tuple  # softcap_log2, window_left, window_right, dropout_threshold
     causal: bool
-    score_features: bool  # chooses the tile
+    score_features: bool  # these two choose the tile
+    bounded: bool
 
 
 def kernel_arguments(features: Features, causal: bool, batch: int, heads: int, seq_q: int, seq_k: int) -> Arguments:
@@ -202,7 +203,8 @@ def kernel_arguments(features: Features, causal: bool, batch: int, heads: int, s
     pointers = slopes, doc_start, doc_end, seed.contiguous() if has_dropout else None
     softcap_log2 = None if softcap is None else softcap * LOG2_E
     numbers = softcap_log2, left, right, dropout.threshold(dropout_p) if has_dropout else None
-    return Arguments(pointers, numbers, causal, softcap is not None or slopes is not None or has_dropout)
+    score_features = softcap is not None or slopes is not None or has_dropout
+    return Arguments(pointers, numbers, causal, score_features, bounded=left is not None or right is not None or doc_start is not None)
 
 
 def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,8 +212,8 @@ def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> t
     batch, seq_q, heads, head_dim = q.shape
     seq_k, kv_heads, value_dim = v.shape[1:]
     out, lse = outputs(q, k, v)
-    pointers, numbers, causal, score_features = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
-    block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, max(head_dim, value_dim), score_features)
+    pointers, numbers, causal, score_features, bounded = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
+    block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, max(head_dim, value_dim), score_features, bounded)
     with torch.cuda.device_of(q):
         launch_specialised(
             forward_kernel, blocks(seq_q, block_m) * batch * heads,
@@ -265,13 +267,13 @@ def save_for_backward(ctx, inputs, output):
 
 
 def differentiate(ctx, dout, dlse):
-    # Imported here because the backward's kernels use this file's helpers.
-    from kernels.attention.triton_backward import attention_backward
-
     (q, k, v, out, lse), features = kept_for_backward(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, *features)
+    dq, dk, dv, dsinks = triton_backward.attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, *features)
     return dq, dk, dv, None, None, *feature_gradients(features, dsinks)
 
 
 differentiable(attention_forward, save_for_backward, differentiate)
+
+# At the end, because it uses this file's helpers; not on demand, because code that torch.compile finds in its cache calls the operator by name.
+import kernels.attention.triton_backward as triton_backward  # noqa: E402

@@ -39,6 +39,7 @@ FEATURES = {
     "dropout": ["dropout_seed", "dropout_threshold"],
 }
 SCORE_FEATURES = {"softcap", "alibi", "dropout"}
+BOUNDS = {"window", "documents"}
 OPTIONAL = {"window_right", *(name for names in FEATURES.values() for name in names)}
 
 
@@ -66,7 +67,8 @@ def compile_all(arch: str, dtype: torch.dtype, precision: str, width: tuple, cau
     common = dict(zip(("HEAD_DIM", "BLOCK_D", "VALUE_DIM", "BLOCK_V"), width))
     common |= dict.fromkeys(OPTIONAL - {name for feature in features for name in FEATURES[feature]})
     for which, kernel in (("forward", forward_kernel), ("dkdv", dkdv_kernel), ("dq", dq_kernel)):
-        tile = (tiles or {}).get(which) or tuning.tile_for(arch, which, dtype, max(width[::2]), not SCORE_FEATURES.isdisjoint(features))
+        kinds = not SCORE_FEATURES.isdisjoint(features), not BOUNDS.isdisjoint(features)
+        tile = (tiles or {}).get(which) or tuning.tile_for(arch, which, dtype, max(width[::2]), *kinds)
         constants = common | dict(BLOCK_M=tile.queries, BLOCK_N=tile.keys, GROUP=1, CAUSAL=causal, PRECISION=precision)
         constants |= dict(EVEN_M=even, EVEN_N=even)
         yield which, tile, compile_kernel(kernel, arch, dtype, constants, tile.warps, tile.stages)
