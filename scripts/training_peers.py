@@ -111,7 +111,7 @@ def let_go(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.destroy()
     FWD_MODULE_STACK.clear()
     for found in gc.get_objects():
-        if isinstance(found, functools._lru_cache_wrapper) and str(found.__module__).startswith("deepspeed.runtime.zero"):
+        if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("deepspeed.runtime.zero"):
             found.cache_clear()
 
 

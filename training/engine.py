@@ -17,12 +17,16 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch.utils import cpp_extension
 
 from model.checkpointing import Checkpointing
+from model.compilation import compile_blocks
 from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
 from training.config import Config, OptimizerSection
 from training.distributed import UserFault, load_op
 from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
 from training.schedule import learning_rate
+
+
+COMPILED_CODE = Path("~/.cache/gpt-recipe/inductor").expanduser()
 
 
 def deepspeed_config(config: Config) -> dict:
@@ -54,8 +58,9 @@ def deepspeed_config(config: Config) -> dict:
             "stage3_param_persistence_threshold": zero.persistence_threshold,
             **({"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer == "cpu" else {}),
             **({"offload_param": {"device": "cpu"}} if zero.offload_parameters == "cpu" else {}),
-            # DeepSpeed's linear layer for stage 3 adds the bias in place, to a product that keep_matmuls would keep without it.
-            "memory_efficient_linear": not config.train.keep_matmuls,
+            # DeepSpeed's linear layer for stage 3 adds the bias in place, to a product that keep_matmuls would keep without it. Compiled
+            # code needs it not: it keeps no gathered weight either.
+            "memory_efficient_linear": not (config.train.keep_matmuls or config.train.compile),
         },
         # DeepSpeed knows torch's AdamW; Muon's ZeRO is training.muon's, tested against the unsharded one.
         **({"zero_allow_untested_optimizer": True} if config.optimizer.name == "muon" else {}),
@@ -80,6 +85,9 @@ def check_machine(config: Config) -> str | None:
     Raises:
         UserFault: this machine lacks what the configuration needs.
     """
+    compiler = os.environ.get("CXX", "c++")
+    if config.train.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise UserFault(f"train.compile=true: on a CPU it takes a C++ compiler, and there is none ({compiler}); install one (apt-get install g++), or use false")
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserFault("train.precision=fp16: DeepSpeed trains in it on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32")
     if config.zero.offload_optimizer == "none":
@@ -87,7 +95,6 @@ def check_machine(config: Config) -> str | None:
     built = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False), f"{CPUAdamBuilder.NAME}.so")
     if built.exists() or find_spec(CPUAdamBuilder().absolute_name()):  # at its first use; when DeepSpeed was installed
         return None
-    compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise UserFault(f"zero.offload_optimizer=cpu: DeepSpeed's CPU Adam has to be compiled, and there is no C++ compiler ({compiler}); "
                         "install one (apt-get install g++), or use zero.offload_optimizer=none")
@@ -143,6 +150,9 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     if config.zero.stage == 3:
         # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    if train.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED_CODE))
+        compile_blocks(model)
     if train.activation_checkpointing == "deepspeed":
         classic = train.partition_activations == "classic"
         # Without partitioning, its copy of what is on the CPU already is no copy, and it would empty both.

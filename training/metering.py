@@ -27,7 +27,7 @@ class Meter:
                  "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)
         self.causal_flops_per_token = model_flops_per_token(**shape, causal_discount=True)
-        recomputed = count_recomputed(model, checkpointing_of(config))
+        recomputed = count_recomputed(model, checkpointing_of(config), compiled=config.train.compile)
         self.hardware_flops_per_token = hardware_flops_per_token(
             **shape, recomputed_parameters=recomputed["parameters"], recomputed_layers=recomputed["layers"])
         self.device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
