@@ -17,7 +17,7 @@ from training.stopping import OUTCOME_FILE, STOPPED_EXIT_CODE, StopRequests, has
 
 # isort: split
 from training.config import Config, load_config
-from training.distributed import Ranks, UserFault, agree, any_rank, end_process, gather, join_process_group, one_clear_message, output_to, together
+from training.distributed import Ranks, UserFault, agree, end_process, gather, join_process_group, one_clear_message, output_to, together
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -112,7 +112,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # Imported late, so that a fault in the configuration is told sooner, and DeepSpeed's remarks on the machine go to its log.
     from training import checkpoints
     from training.batches import TrainingBatches, validation_batches
-    from training.engine import build_engine, check_machine, deepspeed_config, train_step
+    from training.engine import StepResult, build_engine, check_machine, deepspeed_config, train_step
     from training.evaluation import evaluate, mixed, sample_text
     from training.loss_scale import LossScale
     from training.metering import Meter
@@ -172,13 +172,24 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # 6. The loop.
     progress = ProgressLine(config.train.steps, every=config.tracking.log_every)
     validation = None
+    untold: list[tuple[dict, StepResult]] = []
+
+    def tell() -> None:
+        while untold:
+            row, result = untold.pop(0)
+            row |= {"loss": result.loss, "grad_norm": result.grad_norm}
+            if first:
+                recorder.record(row)
+                progress.update(row)
+
     with recorder or contextlib.nullcontext(), contextlib.closing(batches):
         stop.begin_loop()
         for step in range(state.step + 1, config.train.steps + 1):
             started = time.perf_counter()
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
-            result = train_step(engine, micro_batches, step - 1, config, state.loss_scale)
+            result = train_step(engine, micro_batches, step - 1, config, state.loss_scale, stopping=lambda: stop.reason is not None)
+            tell()  # of the step before, whose numbers have long been there: no step is waited for
             state.count(result)
             row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
             row["skipped_steps"] = state.skipped_steps
@@ -187,18 +198,18 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
                 validation = validate()
                 row |= validation
-            if first:
-                recorder.record(row)
-                progress.update(row)
-                if not result.applied:
-                    falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
-                    progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far){falls}")
+            untold.append((row, result))
+            saves = config.checkpoint.every is not None and (step == config.train.steps or config.checkpoint.every and step % config.checkpoint.every == 0)
+            stops = result.stopping > 0 and step < config.train.steps
+            if saves or stops or not result.applied or "val_loss" in row:
+                tell()
+            if first and not result.applied:
+                falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
+                progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far){falls}")
             if state.skipped_in_a_row >= config.train.stop_after_skipped:
                 raise UserFault(diverged(state, config, run_dir))
-            saved = None
-            if config.checkpoint.every is not None and (step == config.train.steps or config.checkpoint.every and step % config.checkpoint.every == 0):
-                saved = save_checkpoint()
-            if any_rank(stop.reason is not None, engine.device) and step < config.train.steps:
+            saved = save_checkpoint() if saves else None
+            if stops:
                 if config.checkpoint.every is not None and saved is None:
                     saved = save_checkpoint()
                 stop_run(stop, config, run_dir, state, saved, progress, recorder)

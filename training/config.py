@@ -89,6 +89,8 @@ class ZeroSection(Section):
     reduce_bucket_size: PositiveInt = 50_000_000
     prefetch_bucket_size: PositiveInt = 100_000_000
     persistence_threshold: NonNegativeInt = 100_000
+    reuse_distance: NonNegativeInt = 1_000_000_000
+    contiguous_gradients: bool = True
 
 
 class CheckpointSection(Section):

@@ -44,7 +44,7 @@ class Meter:
                 "device_name": self.device_name, "peak_flops_per_gpu": self.peak_flops, "world_size": self.world}
 
     def row(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict:
-        """One optimizer step, ``step`` counted from 1; seconds are wall-clock of that step, without evaluation."""
+        """One optimizer step but for its loss and norm, ``step`` counted from 1; seconds are wall-clock of that step, without evaluation."""
         tokens_per_second = self.tokens_per_step / step_seconds
         per_gpu = tokens_per_second / self.world
         return {
@@ -52,8 +52,6 @@ class Meter:
             "tokens": step * self.tokens_per_step,
             "flops": step * self.tokens_per_step * self.flops_per_token,
             "elapsed_seconds": self.elapsed_seconds(),
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
             "lr": result.lr,
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             "tokens_per_second": tokens_per_second,
