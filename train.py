@@ -17,7 +17,7 @@ from training.stopping import OUTCOME_FILE, STOPPED_EXIT_CODE, StopRequests, has
 
 # isort: split
 from training.config import Config, load_config
-from training.distributed import Ranks, UserFault, agree, end_process, gather, join_process_group, one_clear_message, output_to, together
+from training.distributed import Ranks, UserFault, agree, any_rank, end_process, gather, join_process_group, one_clear_message, output_to, together
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -174,8 +174,8 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     validation = None
     untold: list[tuple[dict, StepResult]] = []
 
-    def tell() -> None:
-        while untold:
+    def tell(*, wait: bool) -> None:
+        while untold and (wait or untold[0][1].is_here()):
             row, result = untold.pop(0)
             row |= {"loss": result.loss, "grad_norm": result.grad_norm}
             if first:
@@ -189,27 +189,28 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
             result = train_step(engine, micro_batches, step - 1, config, state.loss_scale, stopping=lambda: stop.reason is not None)
-            tell()  # of the step before, whose numbers have long been there: no step is waited for
+            tell(wait=True)  # of the step before, whose numbers have long been there: no step is waited for
             state.count(result)
             row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
             row["skipped_steps"] = state.skipped_steps
             if state.loss_scale:
                 row["overflow_steps"] = state.overflow_steps
-            if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
+            last, stops = step == config.train.steps, result.stopping > 0
+            saves = config.checkpoint.every is not None and (last or config.checkpoint.every and step % config.checkpoint.every == 0)
+            if last or config.eval.every and step % config.eval.every == 0:
                 validation = validate()
                 row |= validation
             untold.append((row, result))
-            saves = config.checkpoint.every is not None and (step == config.train.steps or config.checkpoint.every and step % config.checkpoint.every == 0)
-            stops = result.stopping > 0 and step < config.train.steps
-            if saves or stops or not result.applied or "val_loss" in row:
-                tell()
+            tell(wait=last or saves or stops or not result.applied or "val_loss" in row)
             if first and not result.applied:
                 falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
                 progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far){falls}")
             if state.skipped_in_a_row >= config.train.stop_after_skipped:
                 raise UserFault(diverged(state, config, run_dir))
             saved = save_checkpoint() if saves else None
-            if stops:
+            if saves or "val_loss" in row:
+                stops = any_rank(stop.reason is not None, engine.device)  # asked again after what takes long
+            if stops and not last:
                 if config.checkpoint.every is not None and saved is None:
                     saved = save_checkpoint()
                 stop_run(stop, config, run_dir, state, saved, progress, recorder)

@@ -90,7 +90,6 @@ class ZeroSection(Section):
     prefetch_bucket_size: PositiveInt = 100_000_000
     persistence_threshold: NonNegativeInt = 100_000
     reuse_distance: NonNegativeInt = 1_000_000_000
-    contiguous_gradients: bool = True
 
 
 class CheckpointSection(Section):

@@ -156,6 +156,16 @@ def from_first_rank(work: Callable[[], Result]) -> Result:
     return box[0]
 
 
+def any_rank(flag: bool, device) -> bool:
+    """Whether ``flag`` holds on one rank at least; ``device`` is a ``torch.device`` of the process group's kind."""
+    import torch
+    import torch.distributed as dist
+
+    flags = torch.tensor(flag, dtype=torch.int32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
 def gather(value: Result) -> list[Result]:
     """Every rank's value, in the order of the ranks, on every rank."""
     import torch.distributed as dist

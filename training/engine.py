@@ -24,6 +24,7 @@ from training.config import Config, OptimizerSection
 from training.distributed import UserFault, load_op
 from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
+from training.flat_gradients import use_flat_gradients
 from training.schedule import learning_rate
 
 
@@ -53,7 +54,7 @@ def deepspeed_config(config: Config) -> dict:
         "zero_optimization": {
             "stage": zero.stage,
             "overlap_comm": True,
-            "contiguous_gradients": zero.contiguous_gradients or zero.stage < 3,
+            "contiguous_gradients": True,
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
@@ -165,6 +166,8 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
     if config.optimizer.name == "muon" and config.zero.stage > 0:
         find_shards(optimizer, engine.optimizer, [layer.weight for layer in hidden_layers(model)])
+    if config.zero.stage == 3 and config.zero.offload_optimizer == "none":
+        use_flat_gradients(engine.optimizer)
     if config.zero.stage == 0:
         # Its bf16 optimizer allocates the states by a step with zero gradients, which would count in Adam's bias correction.
         optimizer.state.clear()
@@ -213,6 +216,9 @@ class Late:
         if self.arrived:
             self.arrived.record()
 
+    def is_here(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
     def __float__(self) -> float:
         if self.arrived:
             self.arrived.synchronize()
@@ -257,6 +263,10 @@ class StepResult:
     loss_scale: float | None = None
     overflow: bool = False
     stopping: float = _Read(0.0)
+
+    def is_here(self) -> bool:
+        """Whether nothing of it has to be waited for."""
+        return all(each.is_here() for each in vars(self).values() if isinstance(each, Late))
 
 
 def train_step(

@@ -218,7 +218,7 @@ def muon() -> dict:
 def on_a_gpu() -> dict:
     """Losses and peak memory of each checkpointing mode, with offload and without, in bf16 and fp16, in a model whose activations count."""
     cells = {}
-    big = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
+    big = ["train.compile=false", "model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
     for mode, parameters in itertools.product(CHECKPOINTING, ("none", "cpu")):
         for precision in ("bf16", "fp16"):
             torch.nn.functional.linear = LINEAR
