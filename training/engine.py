@@ -148,6 +148,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
         load_universal: a checkpoint in the universal format will be loaded (``training.universal``).
     """
     train = config.train
+    deepspeed.utils.nvtx.enable_nvtx = False  # marks for a profiler around thousands of calls a step
     generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
     with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
