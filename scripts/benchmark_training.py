@@ -476,9 +476,7 @@ def speed(step_ms: list[float], meter, ceiling: float) -> dict:
     peak = meter.peak_flops
     return {
         "step_ms": median(step_ms), "all_step_ms": step_ms, "tokens_per_second_per_gpu": per_gpu,
-        "mfu": meter.flops_per_token * per_gpu / peak if peak else None,
-        "mfu_causal": meter.causal_flops_per_token * per_gpu / peak if peak else None,
-        "hfu": meter.hardware_flops_per_token * per_gpu / peak if peak else None,
+        **meter.utilisation(per_gpu),
         "peak_tflops": peak and peak / 1e12, "matmul_tflops": ceiling, "of_matmul": meter.flops_per_token * per_gpu / (ceiling * 1e12),
         "parameters": meter.parameters["total"], "flops_per_token": meter.flops_per_token,
     }  # fmt: skip

@@ -21,7 +21,8 @@ def use_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
     gradients = [zero.grad_partitions_flat_buffer[start:end] for start, end in pairwise(ends)]
 
     def norms_of_groups() -> list[torch.Tensor]:
-        squares = torch.stack([torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients]).double().square()
+        # In float64 as DeepSpeed's, but for no copy in it: of PyTorch's norms this one alone converts as it reads.
+        squares = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float64)).square()
         dist.all_reduce(squares)
         norms = squares.sqrt()
         return list(norms.where(norms.isfinite(), -1.0))  # which is what the caller takes for not finite

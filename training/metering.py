@@ -40,8 +40,14 @@ class Meter:
 
     def description(self) -> dict:
         """What the rows assume, for run.json."""
-        return {"parameters": self.parameters, "flops_per_token": self.flops_per_token, "hardware_flops_per_token": self.hardware_flops_per_token,
+        return {"parameters": self.parameters, "flops_per_token": self.flops_per_token, "causal_flops_per_token": self.causal_flops_per_token,
+                "hardware_flops_per_token": self.hardware_flops_per_token,
                 "device_name": self.device_name, "peak_flops_per_gpu": self.peak_flops, "world_size": self.world}
+
+    def utilisation(self, tokens_per_second_per_gpu: float) -> dict[str, float | None]:
+        """MFU, MFU of what the causal mask shows alone, and HFU; null where the peak is not known."""
+        flops = {"mfu": self.flops_per_token, "mfu_causal": self.causal_flops_per_token, "hfu": self.hardware_flops_per_token}
+        return {name: each * tokens_per_second_per_gpu / self.peak_flops if self.peak_flops else None for name, each in flops.items()}
 
     def row(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict:
         """One optimizer step but for its loss and norm, ``step`` counted from 1; seconds are wall-clock of that step, without evaluation."""
@@ -58,8 +64,7 @@ class Meter:
             "tokens_per_second_per_gpu": per_gpu,
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
-            "mfu": self.flops_per_token * per_gpu / self.peak_flops if self.peak_flops else None,
-            "hfu": self.hardware_flops_per_token * per_gpu / self.peak_flops if self.peak_flops else None,
+            **self.utilisation(per_gpu),
             "peak_memory_bytes": peak_memory_bytes(),
         }
 
