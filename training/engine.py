@@ -24,11 +24,11 @@ from training.config import Config, OptimizerSection
 from training.distributed import UserFault, load_op
 from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
-from training.flat_gradients import use_flat_gradients
 from training.schedule import learning_rate
+from training.zero3_step import shorten_step
 
 
-COMPILED_CODE = Path("~/.cache/gpt-recipe/inductor").expanduser()
+COMPILED_CODE = ".compiled"  # folder of run.output_dir
 
 
 def deepspeed_config(config: Config) -> dict:
@@ -157,7 +157,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
         # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
     if train.compile:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(COMPILED_CODE))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.output_dir, COMPILED_CODE).resolve()))
         compile_blocks(model)
     if train.activation_checkpointing == "deepspeed":
         classic = train.partition_activations == "classic"
@@ -168,7 +168,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     if config.optimizer.name == "muon" and config.zero.stage > 0:
         find_shards(optimizer, engine.optimizer, [layer.weight for layer in hidden_layers(model)])
     if config.zero.stage == 3 and config.zero.offload_optimizer == "none":
-        use_flat_gradients(engine.optimizer)
+        shorten_step(engine.optimizer)
     if config.zero.stage == 0:
         # Its bf16 optimizer allocates the states by a step with zero gradients, which would count in Adam's bias correction.
         optimizer.state.clear()

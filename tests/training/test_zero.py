@@ -11,7 +11,7 @@ from tests.launching import deepspeed_run
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("zero") / "seen.json"
-    done = deepspeed_run("tests/training/zero_worker.py", out, TRITON_INTERPRET="1")
+    done = deepspeed_run("tests/training/zero_worker.py", out, TRITON_INTERPRET="1", TORCHINDUCTOR_CACHE_DIR=str(out.parent / "compiled"))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
