@@ -54,7 +54,8 @@ def deepspeed_config(config: Config) -> dict:
         "zero_optimization": {
             "stage": zero.stage,
             "overlap_comm": True,
-            "contiguous_gradients": True,
+            # Of stage 3 training.zero3_step makes one copy, not two.
+            "contiguous_gradients": not _shortened(config),
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
@@ -109,6 +110,11 @@ def check_machine(config: Config) -> str | None:
 def _is_plain(config: Config) -> bool:
     """Whether DeepSpeed leaves AdamW as it is, unwrapped."""
     return config.zero.stage == 0 and config.train.precision == "fp32"
+
+
+def _shortened(config: Config) -> bool:
+    """Whether training.zero3_step has a part in it."""
+    return config.zero.stage == 3 and config.zero.offload_optimizer == "none"
 
 
 class _ReadKeys(dict):
@@ -167,7 +173,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
     if config.optimizer.name == "muon" and config.zero.stage > 0:
         find_shards(optimizer, engine.optimizer, [layer.weight for layer in hidden_layers(model)])
-    if config.zero.stage == 3 and config.zero.offload_optimizer == "none":
+    if _shortened(config):
         shorten_step(engine.optimizer)
     if config.zero.stage == 0:
         # Its bf16 optimizer allocates the states by a step with zero gradients, which would count in Adam's bias correction.

@@ -1,9 +1,12 @@
-"""ZeRO-3's optimizer step with less for the GPU to wait for.
+"""ZeRO-3's sums of gradients and optimizer step with fewer copies, and less for the GPU to wait for.
 
-At the end of the backward pass DeepSpeed 0.19.8 waits for the GPU, which from then on waits for the host (stage3.py, step): while every
-gathered parameter is let go of; while the norm is taken parameter by parameter, each gradient copied to float64; while the gradients of each
-sub-group, which lie in one flat buffer, are copied to another.
+DeepSpeed 0.19.8 (stage3.py) copies each gradient into a bucket, these side by side, and divides all by the number of ranks before they are
+summed. At the end of the backward pass it waits for the GPU, which from then on waits for the host: while every gathered parameter is let go
+of; while the norm is taken parameter by parameter, each gradient copied to float64; while the gradients of each sub-group, which lie in one
+flat buffer, are copied to another.
 """
+
+import math
 
 from itertools import accumulate, pairwise
 
@@ -13,9 +16,33 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 
 def shorten_step(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Have DeepSpeed's optimizer of stage 3, without offload, step as said in ``take_flat_gradients`` and ``release_late``."""
+    """Have DeepSpeed's optimizer of stage 3, without offload, do as the functions below say."""
+    scatter_at_once(zero)
     take_flat_gradients(zero)
     release_late(zero)
+
+
+def scatter_at_once(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """Gradients of a bucket are laid out for the ranks, and converted, by one kernel, and this rank's sums alone are divided.
+
+    With ``contiguous_gradients: false``, which leaves them where the backward pass has put them until then.
+    """
+
+    def average_and_scatter(parameters: list[torch.nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
+        group = zero._get_param_partition_group(parameters[0])
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        lengths = [p.grad.numel() for p in parameters]
+        pieces = [math.ceil(length / world) for length in lengths]  # DeepSpeed's
+        device = parameters[0].grad.device
+        everyones = torch.empty(world, sum(pieces), dtype=dtype, device=device)
+        torch._chunk_cat([p.grad.view(-1) for p in parameters], 0, world, out=everyones)
+        mine = torch.empty(sum(pieces), dtype=dtype, device=device)
+        dist.reduce_scatter_tensor(mine, everyones.view(-1), group=group)
+        mine = mine.to(zero.gradient_accumulation_dtype).div_(world)
+        own = [max(0, min(piece, length - rank * piece)) for piece, length in zip(pieces, lengths, strict=True)]
+        return [part[:length] for part, length in zip(mine.split(pieces), own, strict=True)]
+
+    zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = average_and_scatter
 
 
 def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
