@@ -112,7 +112,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # Imported late, so that a fault in the configuration is told sooner, and DeepSpeed's remarks on the machine go to its log.
     from training import checkpoints
     from training.batches import TrainingBatches, validation_batches
-    from training.engine import build_engine, check_machine, deepspeed_config, train_step
+    from training.engine import StepResult, build_engine, check_machine, deepspeed_config, train_step
     from training.evaluation import evaluate, mixed, sample_text
     from training.loss_scale import LossScale
     from training.metering import Meter
@@ -172,33 +172,45 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # 6. The loop.
     progress = ProgressLine(config.train.steps, every=config.tracking.log_every)
     validation = None
+    untold: list[tuple[dict, StepResult]] = []
+
+    def tell(*, wait: bool) -> None:
+        while untold and (wait or untold[0][1].is_here()):
+            row, result = untold.pop(0)
+            row |= {"loss": result.loss, "grad_norm": result.grad_norm}
+            if first:
+                recorder.record(row)
+                progress.update(row)
+
     with recorder or contextlib.nullcontext(), contextlib.closing(batches):
         stop.begin_loop()
         for step in range(state.step + 1, config.train.steps + 1):
             started = time.perf_counter()
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
-            result = train_step(engine, micro_batches, step - 1, config, state.loss_scale)
+            result = train_step(engine, micro_batches, step - 1, config, state.loss_scale, stopping=lambda: stop.reason is not None)
+            tell(wait=True)  # of the step before, whose numbers have long been there: no step is waited for
             state.count(result)
             row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
             row["skipped_steps"] = state.skipped_steps
             if state.loss_scale:
                 row["overflow_steps"] = state.overflow_steps
-            if step == config.train.steps or (config.eval.every and step % config.eval.every == 0):
+            last, stops = step == config.train.steps, result.stopping > 0
+            saves = config.checkpoint.every is not None and (last or config.checkpoint.every and step % config.checkpoint.every == 0)
+            if last or config.eval.every and step % config.eval.every == 0:
                 validation = validate()
                 row |= validation
-            if first:
-                recorder.record(row)
-                progress.update(row)
-                if not result.applied:
-                    falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
-                    progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far){falls}")
+            untold.append((row, result))
+            tell(wait=last or saves or stops or not result.applied or "val_loss" in row)
+            if first and not result.applied:
+                falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
+                progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far){falls}")
             if state.skipped_in_a_row >= config.train.stop_after_skipped:
                 raise UserFault(diverged(state, config, run_dir))
-            saved = None
-            if config.checkpoint.every is not None and (step == config.train.steps or config.checkpoint.every and step % config.checkpoint.every == 0):
-                saved = save_checkpoint()
-            if any_rank(stop.reason is not None, engine.device) and step < config.train.steps:
+            saved = save_checkpoint() if saves else None
+            if saves or "val_loss" in row:
+                stops = any_rank(stop.reason is not None, engine.device)  # asked again after what takes long
+            if stops and not last:
                 if config.checkpoint.every is not None and saved is None:
                     saved = save_checkpoint()
                 stop_run(stop, config, run_dir, state, saved, progress, recorder)
@@ -285,7 +297,7 @@ def describe(config: Config, meter, corpus=None) -> str:
     data = "" if corpus is None else f"{describe_data(config, corpus)}\n"
     return (
         f"model  {meter.parameters['total']:,} parameters: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads of {model.head_dim}, "
-        f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}\n"
+        f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}{', blocks compiled' * train.compile}\n"
         f"{data}"
         f"batch  {train.micro_batch_size} micro x {train.gradient_accumulation_steps} accumulation x {meter.world} processes = {train.global_batch_size} "
         f"sequences of {model.sequence_length} = {meter.tokens_per_step:,} tokens a step, {train.steps} steps\n"

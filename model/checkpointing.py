@@ -47,32 +47,49 @@ class Checkpointing:
         """Whether block ``index``, counted from 0, is computed again."""
         return self.mode != "none" and (self.mode != "every_n" or index % self.every == 0)
 
+    def policy(self) -> "Policy | None":
+        """Which operations of a block are not computed again, where some are not."""
+        return Policy(self.backend, self.keep_matmuls) if self.mode == "selective" else None
+
     def run(self, block: nn.Module, x: torch.Tensor, context: dict[str, torch.Tensor]) -> torch.Tensor:
         """``block(x, **context)``, checkpointed."""
         # By keyword: ZeRO-3 copies positional tensors, and what attention makes of document_ids is kept for one and the same tensor.
         # DeepSpeed's function would move every tensor that it is given to the CPU, also those that the next block needs.
         if self.mode == "deepspeed":
             return self.function(partial(block, **context), x)
-        if self.mode != "selective":
-            return checkpoint(block, x, use_reentrant=False, **context)
-        policy = _Policy(ATTENTION_OPERATIONS[self.backend], self.keep_matmuls)
-        out = checkpoint(block, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, policy), **context)
-        if not policy.kept_attention:
-            raise ValueError(
-                f"train.activation_checkpointing=selective: attention.backend={self.backend} ran none of {', '.join(sorted(policy.attention))}, "
-                "so that attention would be computed again; use attention.backend=triton, or train.activation_checkpointing=full"
-            )
+        policy = self.policy()
+        out = checkpoint(block, x, use_reentrant=False, **options_of(policy), **context)
+        if policy is not None:
+            policy.check()
         return out
 
 
-class _Policy:
-    """Tells PyTorch, operation by operation, whether to keep what it returns."""
+def options_of(policy: "Policy | None") -> dict[str, Callable]:
+    """What torch.utils.checkpoint is told of it."""
+    return {} if policy is None else {"context_fn": lambda: create_selective_checkpoint_contexts(policy)}
 
-    def __init__(self, attention: frozenset[str], keep_matmuls: bool):
-        self.attention, self.kept = attention, attention | (_MATMULS if keep_matmuls else frozenset())
+
+class Policy:
+    """Tells PyTorch, operation by operation, whether to keep what it returns: attention's, and with ``keep_matmuls`` the linear layers'."""
+
+    def __init__(self, backend: str, keep_matmuls: bool):
+        self.backend, self.attention = backend, ATTENTION_OPERATIONS[backend]
+        self.kept = self.attention | (_MATMULS if keep_matmuls else frozenset())
         self.kept_attention = False
 
     def __call__(self, context, operation, *args, **kwargs) -> CheckpointPolicy:
         name = operation.name()
         self.kept_attention |= name in self.attention
         return CheckpointPolicy.MUST_SAVE if name in self.kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def check(self) -> None:
+        """After a forward pass, or after it was traced.
+
+        Raises:
+            ValueError: attention would be computed again.
+        """
+        if not self.kept_attention:
+            raise ValueError(
+                f"train.activation_checkpointing=selective: attention.backend={self.backend} ran none of {', '.join(sorted(self.attention))}, "
+                "so that attention would be computed again; use attention.backend=triton, or train.activation_checkpointing=full"
+            )

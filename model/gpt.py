@@ -243,7 +243,7 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     return {"total": total, "matmul": total - looked_up}
 
 
-def count_recomputed(config: GPTConfig, checkpointing: Checkpointing) -> dict[str, int]:
+def count_recomputed(config: GPTConfig, checkpointing: Checkpointing, *, compiled: bool = False) -> dict[str, int]:
     """What checkpointing computes again: ``parameters`` that multiply every token once more, and ``layers`` of attention."""
     with torch.device("meta"):
         blocks = GPT(config).blocks
@@ -253,8 +253,8 @@ def count_recomputed(config: GPTConfig, checkpointing: Checkpointing) -> dict[st
     selective = checkpointing.mode == "selective"
     if selective and checkpointing.keep_matmuls:
         parameters -= sum(p.numel() for module in modules if isinstance(module, nn.Linear) for p in module.parameters())
-    elif config.dropout == 0 and checkpointing.mode != "deepspeed":
+    elif (config.dropout == 0 or compiled) and checkpointing.mode != "deepspeed":
         # PyTorch's recomputation stops at the last tensor that the backward reads, which is the last product's input, unless its dropout
-        # follows. DeepSpeed's computes the whole block.
+        # follows; the compiler leaves out what is not read. DeepSpeed's computes the whole block.
         parameters -= sum(p.numel() for block in recomputed for p in block.ffn.down.parameters())
     return {"parameters": parameters, "layers": 0 if selective else len(recomputed)}

@@ -4,13 +4,13 @@ from functools import cache
 
 import torch
 
-LOGITS_AT_ONCE = 2**28  # 1 GiB in float32
+LOGITS_AT_ONCE = 2**29  # 1 GiB in bf16; each part of them reads and writes the whole gradient of the weight in float32
 
 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
     """The summed cross-entropy in nats, a float32 scalar, of the logits x @ weight.T, without those whose label is ``ignored``.
 
-    So many tokens at a time that their logits count ``LOGITS_AT_ONCE``, and at once their gradients, which need the very same logits: the
+    ``tokens_at_once`` at a time, and at once their gradients, which need the very same logits: the
     backward pass only scales them.
 
     Args:
@@ -46,8 +46,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (of_x * scale).to(of_x.dtype), (of_weight * scale).to(ctx.dtype), None, None
 
 
+def tokens_at_once(vocabulary: int) -> int:
+    """How many have at most ``LOGITS_AT_ONCE`` logits; a power of two, so that the parts of a batch are alike, and their kernels compiled once."""
+    return 1 << max(1, LOGITS_AT_ONCE // vocabulary).bit_length() - 1
+
+
 def _parts(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor):
-    tokens = max(1, LOGITS_AT_ONCE // len(weight))
+    tokens = tokens_at_once(len(weight))
     return zip(x.split(tokens), labels.split(tokens), strict=True)
 
 

@@ -3,6 +3,7 @@
     python scripts/benchmark_training.py --configs gpt2-124m gpt-1.3b --gpus 4
     python scripts/benchmark_training.py --gpus 2 --configs gpt-1.3b,train.activation_checkpointing=none,train.global_batch_size=64
     python scripts/benchmark_training.py --configs gpt2-124m --contenders ours fsdp2_compile --micro-batches 64 32 --profile ours
+    python scripts/benchmark_training.py --configs gpt2-124m --contenders ours,train.compile=false ours,zero.reuse_distance=0 ours
 
 **A case** is a file in configs/ (or a path to one) and, after commas, settings that replace the file's, as train.py takes them. The model,
 train.global_batch_size, train.activation_checkpointing, zero.reduce_dtype, precision, optimizer and seed hold for all contenders; what
@@ -10,9 +11,13 @@ makes them differ is in scripts/training_peers.py:
 
     ours                      train.py's engine and step, configured by the file
     zero3_stock               the same GPT with PyTorch's attention under DeepSpeed's ZeRO-3 as it comes
+    zero3_deepcompile         the same, compiled by DeepSpeed's DeepCompile
     huggingface_zero3         GPT-2 or Llama of transformers under the same; left out where that is not installed
     fsdp2_compile             the same GPT under FSDP2, blocks and loss compiled, cuDNN's attention; blocks are gathered again for backward
     fsdp2_compile_no_reshard  the same, blocks stay gathered from the forward to the backward pass
+
+A contender may have settings of its own after commas, as long as it still trains the same; as ours,zero.reuse_distance=0 does, which keeps
+every block sharded.
 
 Tokens are random, the same for all; nothing is logged, evaluated or saved.
 
@@ -68,7 +73,7 @@ from training.distributed import end_process, free_port, gather, join_process_gr
 from training.files import write_atomically  # noqa: E402
 from training.tracking import collect_environment, to_json  # noqa: E402
 
-CONTENDERS = ("ours", "zero3_stock", "huggingface_zero3", "fsdp2_compile", "fsdp2_compile_no_reshard")
+CONTENDERS = ("ours", "zero3_stock", "zero3_deepcompile", "huggingface_zero3", "fsdp2_compile", "fsdp2_compile_no_reshard")
 # What peers have no part of, or not the same: a comparison holds where the configuration says so.
 COMPARABLE = {
     "zero.stage": (3,), "zero.offload_optimizer": ("none",), "zero.offload_parameters": ("none",), "optimizer.name": ("adamw",),
@@ -76,6 +81,8 @@ COMPARABLE = {
     "train.activation_checkpointing": ("none", "full", "every_n", "selective"), "model.dropout": (0.0,), "attention.dropout": (0.0,),
     "attention.window": (None,), "attention.document_mask": (False,),
 }  # fmt: skip
+# What a contender's own settings may not change.
+SAME = ("model", "optimizer", "run.seed", "train.global_batch_size", "train.activation_checkpointing", "train.precision", "zero.reduce_dtype")
 OUT_OF_MEMORY = "out of memory"
 REFUSED = "scripts.training_peers.Refused: "
 PROFILED_STEPS = 3
@@ -115,21 +122,31 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--configs", nargs="+", required=True, metavar="NAME[,section.key=value...]", help="see above")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--gpus", type=int, default=max(1, torch.cuda.device_count()), help="processes, a GPU each; default: all")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--contenders", nargs="+", default=[name for name in CONTENDERS if name != "zero3_deepcompile"],
+                        metavar="NAME[,section.key=value...]", help="default: all but zero3_deepcompile, which is built by a CUDA compiler")
     parser.add_argument("--micro-batches", nargs="+", type=int, help="to choose among; default: powers of two")
     parser.add_argument("--steps", type=int, default=20, help="that are timed")
     parser.add_argument("--warmup", type=int, default=5, help="steps before")
     parser.add_argument("--limit", type=int, default=600, help="seconds for each launch of a contender")
-    parser.add_argument("--profile", nargs="+", choices=CONTENDERS, default=[])
+    parser.add_argument("--profile", nargs="+", default=[], metavar="CONTENDER", help="of --contenders, as it is written there")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/benchmark_training.json")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and torch.cuda.device_count() < options.gpus:
         parser.error(f"--gpus {options.gpus}: torch sees {torch.cuda.device_count()} CUDA GPUs here; ask for fewer, or --device cpu")
+    for contender in (*options.contenders, *options.profile):
+        if contender.split(",")[0] not in CONTENDERS:
+            parser.error(f"--contenders {contender}: there is no such contender; there are {', '.join(CONTENDERS)}")
+    if strangers := set(options.profile) - set(options.contenders):
+        parser.error(f"--profile {' '.join(strangers)}: not among --contenders")
     try:
         for case in options.configs:
             config = case_config(case, options.gpus, candidates(case, options)[0])
             if wrong := not_comparable(config):
                 parser.error(f"--configs {case}: {wrong}")
+            for contender in options.contenders:
+                own = case_config(own_case(case, contender), options.gpus, config.train.micro_batch_size)
+                if wrong := not_comparable(own) or differing(config, own):
+                    parser.error(f"--contenders {contender}: {wrong}")
     except ConfigError as error:
         parser.error(str(error))
     return options
@@ -142,6 +159,22 @@ def case_config(case: str, world: int, micro_batch: int | None = None) -> Config
     if micro_batch is not None:
         overrides += [f"train.micro_batch_size={micro_batch}", "train.gradient_accumulation_steps=null"]
     return load_config(file, overrides, world_size=world)[0]
+
+
+def own_case(case: str, contender: str) -> str:
+    """The case with a contender's own settings."""
+    return ",".join([case, *contender.split(",")[1:]])
+
+
+def differing(config: Config, own: Config) -> str | None:
+    """What a contender's own settings change that all have in common."""
+    for key in SAME:
+        ours, its = config.model_dump(), own.model_dump()
+        for part in key.split("."):
+            ours, its = ours[part], its[part]
+        if ours != its:
+            return f"{key} must be the same for all; change it in --configs"
+    return None
 
 
 def not_comparable(config: Config) -> str | None:
@@ -170,7 +203,7 @@ def run_contender(case: str, contender: str, options: argparse.Namespace, folder
     row = {"config": case, "contender": contender}
     if contender == "huggingface_zero3" and importlib.util.find_spec("transformers") is None:
         return row | {"left_out": "the package transformers is not installed"}
-    trials, reason = launch_until_done(request(case, contender, candidates(case, options), options), folder)
+    trials, reason = launch_until_done(request(own_case(case, contender), contender, candidates(case, options), options), folder)
     return row | best_row(trials, reason)
 
 
@@ -186,8 +219,9 @@ def best_row(trials: list[dict], reason: str | None) -> dict:
 
 def profile_contender(row: dict, case: str, options: argparse.Namespace, folder: Path) -> dict:
     """The summary of a trace at the row's micro batch, and the trace's name."""
-    trace = folder / f"{_file_name(case)}-{row['contender']}-trace.json.gz"
-    asked = request(case, row["contender"], [row["micro_batch"]], options) | {"profile": str(trace.resolve())}
+    case, contender = own_case(case, row["contender"]), row["contender"]
+    trace = folder / f"{_file_name(case)}-{contender.split(',')[0]}-trace.json.gz"
+    asked = request(case, contender, [row["micro_batch"]], options) | {"profile": str(trace.resolve())}
     trials, reason = launch_until_done(asked, folder)
     if reason is not None or "left_out" in trials[-1]:
         return {"left_out": f"profile: {reason or trials[-1]['left_out']}"}
@@ -195,7 +229,7 @@ def profile_contender(row: dict, case: str, options: argparse.Namespace, folder:
 
 
 def request(case: str, contender: str, micro_batches: list[int], options: argparse.Namespace) -> dict:
-    return {"case": case, "contender": contender, "candidates": micro_batches, "world": options.gpus, "device": options.device,
+    return {"case": case, "contender": contender.split(",")[0], "candidates": micro_batches, "world": options.gpus, "device": options.device,
             "steps": options.steps, "warmup": options.warmup, "limit": options.limit, "profile": None}
 
 
@@ -371,7 +405,7 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()  # of what building took
-        first_loss = trainer.step(micro_batches, 0)
+        first = trainer.step(micro_batches, 0)
         for number in range(1, asked["warmup"]):
             trainer.step(micro_batches, number)
         if on_gpu:
@@ -382,7 +416,7 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
             return {"profiled": True}
         marks = [mark()]
         for number in range(asked["steps"]):
-            loss = trainer.step(micro_batches, asked["warmup"] + number)
+            last = trainer.step(micro_batches, asked["warmup"] + number)
             marks.append(mark())
         step_ms = slowest(milliseconds(marks))
         train, memory = config.train, peak_memory()
@@ -390,7 +424,7 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
             "micro_batch": train.micro_batch_size, "accumulation": train.gradient_accumulation_steps,
             "global_batch": train.global_batch_size, "checkpointing": train.activation_checkpointing,
             **speed(step_ms, meter, ceiling), **memory, "gathered": trainer.gathered, "made_of": trainer.made_of,
-            "reduce_dtype": config.zero.reduce_dtype, "first_loss": over_ranks(float(first_loss)), "last_loss": over_ranks(float(loss)),
+            "reduce_dtype": config.zero.reduce_dtype, "first_loss": over_ranks(first()), "last_loss": over_ranks(last()),
         }  # fmt: skip
     finally:
         trainer.close()
@@ -442,9 +476,7 @@ def speed(step_ms: list[float], meter, ceiling: float) -> dict:
     peak = meter.peak_flops
     return {
         "step_ms": median(step_ms), "all_step_ms": step_ms, "tokens_per_second_per_gpu": per_gpu,
-        "mfu": meter.flops_per_token * per_gpu / peak if peak else None,
-        "mfu_causal": meter.causal_flops_per_token * per_gpu / peak if peak else None,
-        "hfu": meter.hardware_flops_per_token * per_gpu / peak if peak else None,
+        **meter.utilisation(per_gpu),
         "peak_tflops": peak and peak / 1e12, "matmul_tflops": ceiling, "of_matmul": meter.flops_per_token * per_gpu / (ceiling * 1e12),
         "parameters": meter.parameters["total"], "flops_per_token": meter.flops_per_token,
     }  # fmt: skip

@@ -45,14 +45,14 @@ class Refused(ValueError):
 class Trainer:
     """A contender at work.
 
-    step: (micro batches of one optimizer step, its number from 0) -> mean loss in nats, a float or a tensor that nobody waited for.
+    step: (micro batches of one optimizer step, its number from 0) -> what gives the mean loss in nats when it is called, and waits until then.
     parameters: of its model, all ranks' shards together.
     gathered: what is gathered from the other ranks, and when.
     made_of: attention, compilation and whatever else sets it apart.
     close: lets go of the GPU's memory.
     """
 
-    step: Callable[[list[Batch], int], float | torch.Tensor]
+    step: Callable[[list[Batch], int], Callable[[], float]]
     parameters: int
     gathered: str
     made_of: str
@@ -65,17 +65,28 @@ class Trainer:
 def ours(config: Config) -> Trainer:
     """The engine and the step of train.py."""
     engine = build_engine(config)
-    return Trainer(lambda micro_batches, number: train_step(engine, micro_batches, number, config).loss, *zero3_gathers(engine),
-                   f"train.py's engine and step, attention.backend={config.attention.backend}", partial(let_go, engine))
+
+    def step(micro_batches: list[Batch], number: int) -> Callable[[], float]:
+        result = train_step(engine, micro_batches, number, config)
+        return lambda: result.loss
+
+    return Trainer(step, *zero3_gathers(engine), f"train.py's engine and step, attention.backend={config.attention.backend}"
+                   + ", blocks compiled" * config.train.compile, partial(let_go, engine))
 
 
-def zero3_stock(config: Config) -> Trainer:
+def zero3_stock(config: Config, *, deepcompile: bool = False) -> Trainer:
     """The same GPT, and DeepSpeed told no more than it must know."""
     config = with_sdpa(config)
     torch.manual_seed(config.run.seed)
     with deepspeed.zero.Init(config_dict_or_path=stock_config(config)):
         model = GPT(config.model, config.attention, checkpointing=checkpointing_of(config))
-    return zero3_trainer(model, config, lambda engine, tokens, labels: cross_entropy(engine(tokens), labels), "eager, SDPA")
+    return zero3_trainer(model, config, lambda engine, tokens, labels: cross_entropy(engine(tokens), labels),
+                         "DeepCompile, SDPA" if deepcompile else "eager, SDPA", deepcompile=deepcompile)
+
+
+def zero3_deepcompile(config: Config) -> Trainer:
+    """``zero3_stock``, the whole of it compiled with the gathers inside."""
+    return zero3_stock(config, deepcompile=True)
 
 
 def huggingface_zero3(config: Config) -> Trainer:
@@ -90,10 +101,13 @@ def huggingface_zero3(config: Config) -> Trainer:
                          f"transformers' {type(model).__name__}, eager, SDPA")
 
 
-def zero3_trainer(model: nn.Module, config: Config, loss_of: Callable, made_of: str) -> Trainer:
-    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=stock_config(config))
+def zero3_trainer(model: nn.Module, config: Config, loss_of: Callable, made_of: str, *, deepcompile: bool = False) -> Trainer:
+    told = stock_config(config) | ({"compile": {"deepcompile": True}} if deepcompile else {})
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=told)
+    if deepcompile:
+        engine.compile()
 
-    def step(micro_batches: list[Batch], number: int) -> torch.Tensor:
+    def step(micro_batches: list[Batch], number: int) -> Callable[[], float]:
         set_learning_rate(engine.optimizer, number, config)
         losses = []
         for tokens, labels in micro_batches:
@@ -101,7 +115,7 @@ def zero3_trainer(model: nn.Module, config: Config, loss_of: Callable, made_of: 
             engine.backward(loss)
             engine.step()
             losses.append(loss.detach())
-        return torch.stack(losses).mean()
+        return lambda: torch.stack(losses).mean().item()
 
     return Trainer(step, *zero3_gathers(engine), f"{made_of}; DeepSpeed's default buckets, no leaf modules", partial(let_go, engine))
 
@@ -111,7 +125,7 @@ def let_go(engine: deepspeed.DeepSpeedEngine) -> None:
     engine.destroy()
     FWD_MODULE_STACK.clear()
     for found in gc.get_objects():
-        if isinstance(found, functools._lru_cache_wrapper) and str(found.__module__).startswith("deepspeed.runtime.zero"):
+        if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("deepspeed.runtime.zero"):
             found.cache_clear()
 
 
@@ -127,8 +141,10 @@ def zero3_gathers(engine: deepspeed.DeepSpeedEngine) -> tuple[int, str]:
     """How many parameters there are, and what is gathered of them."""
     parameters = list(engine.module.parameters())
     total, stays = sum(p.ds_numel for p in parameters), sum(p.ds_numel for p in parameters if p.ds_persist)
-    return total, (f"{1 - stays / total:.1%} of the parameters before the forward and again before the backward pass of every micro batch; "
-                   f"{stays:,} of {total:,} stay gathered")
+    reuse = engine.zero_max_reuse_distance()
+    kept = f", but for what is used again within {reuse:,} parameters" * (reuse > 0)
+    return total, (f"{1 - stays / total:.1%} of the parameters before the forward and again before the backward pass of every micro batch{kept}; "
+                   f"{stays:,} of {total:,} stay gathered, and are gathered after every step")
 
 
 def huggingface_model(config: Config) -> nn.Module:
@@ -170,7 +186,7 @@ def fsdp2_compile(config: Config, *, reshard_after_forward: bool) -> Trainer:
     model = sharded_gpt(config, reshard_after_forward=reshard_after_forward, compiled=compiled)
     optimizer, loss_of = build_optimizer(model, config), compiled(cross_entropy)
 
-    def step(micro_batches: list[Batch], number: int) -> torch.Tensor:
+    def step(micro_batches: list[Batch], number: int) -> Callable[[], float]:
         set_learning_rate(optimizer, number, config)
         losses = []
         with sdpa_kernel(CUDNN_FIRST, set_priority=True):
@@ -181,7 +197,7 @@ def fsdp2_compile(config: Config, *, reshard_after_forward: bool) -> Trainer:
         clip_shards([p.grad.to_local() for p in model.parameters()], config.optimizer.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        return torch.stack(losses).mean()
+        return lambda: torch.stack(losses).mean().item()
 
     again = "and again before its backward pass" if reshard_after_forward else "and keeps it until its backward pass"
     return Trainer(
@@ -246,6 +262,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, number: int, config: Con
 CONTENDERS: dict[str, Callable[[Config], Trainer]] = {
     "ours": ours,
     "zero3_stock": zero3_stock,
+    "zero3_deepcompile": zero3_deepcompile,
     "huggingface_zero3": huggingface_zero3,
     "fsdp2_compile": partial(fsdp2_compile, reshard_after_forward=True),
     "fsdp2_compile_no_reshard": partial(fsdp2_compile, reshard_after_forward=False),

@@ -60,7 +60,7 @@ def test_a_run_learns_and_leaves_one_row_a_step(finished, run_file, corpus):
         assert row["tokens_per_second"] == pytest.approx(16 * 64 / row["step_seconds"])
         assert row["tokens_per_second_per_gpu"] == pytest.approx(row["tokens_per_second"] / 2)
         assert row["grad_norm"] > 0 and row["peak_memory_bytes"] > 1e8 and 0 <= row["data_seconds"] <= row["step_seconds"]
-        assert row["mfu"] is None and row["hfu"] is None
+        assert row["mfu"] is row["mfu_causal"] is row["hfu"] is None
     assert rows[0]["lr"] == pytest.approx(5e-3) and rows[2]["lr"] == pytest.approx(1e-2) and rows[-1]["lr"] == pytest.approx(6e-5)
     described = json.loads((run_dir / "run.json").read_text())
     corpora = {each["name"]: each for each in described["corpora"]}
@@ -87,10 +87,10 @@ def test_a_run_leaves_its_last_checkpoints_intact(finished, run_file):
 
 def test_rank_0_alone_speaks_and_says_little(finished):
     lines = [line for line in finished.stdout.splitlines() if line]
-    assert [line.split()[0] for line in lines[:7]] == ["wandb", "attention.backend:", "model", "data", "data", "batch", "device"]
+    assert [line.split()[0] for line in lines[:8]] == ["wandb", "attention.backend:", "train.compile:", "model", "data", "data", "batch", "device"]
     assert re.search(r"data +\S+/upper: 3,241 training tokens, 2.00 epochs of them in this run, 25.00% of its samples", finished.stdout)
     assert re.search(r"validation loss .* bits/byte \| (sonnet|upper) \d.* \| (sonnet|upper) \d", finished.stdout)
-    assert "attention tiled in a window of 48 within documents, checkpointing full" in lines[2]
+    assert "attention tiled in a window of 48 within documents, checkpointing full" in lines[3]
     assert len([line for line in lines if re.match(r"step +\d+/25 \| loss ", line)]) == 6
     assert len([line for line in lines if "validation loss" in line]) == 4
     assert lines[-1].startswith("metrics ") and lines[-2].startswith("validation loss ")
@@ -144,7 +144,7 @@ def test_print_config_shows_the_resolved_yaml(run_file):
 
 
 def test_a_dry_run_says_what_the_run_will_without_corpus_launcher_or_gpu(finished, run_file):
-    command = [sys.executable, "train.py", "--config", run_file, "--dry-run", "--gpus", "2", "--mfu", "0.5", "--gpu-name", "NVIDIA A10", "attention.backend=tiled"]
+    command = [sys.executable, "train.py", "--config", run_file, "--dry-run", "--gpus", "2", "--mfu", "0.5", "--gpu-name", "NVIDIA A10", "attention.backend=tiled", "train.compile=false"]
     done = subprocess.run([*command, "data.mixture={/nowhere: 1.0}"], capture_output=True, text=True, check=True)
     lines = {line.split()[0]: line for line in done.stdout.splitlines()}
     printed = {line.split()[0]: line for line in finished.stdout.splitlines() if line}

@@ -61,6 +61,7 @@ class TrainSection(Section):
     keep_matmuls: bool = False
     cpu_checkpointing: bool = True
     partition_activations: bool | Literal["classic"] = False
+    compile: bool | Literal["auto"] = "auto"
     stop_after_skipped: PositiveInt = 10
 
 
@@ -88,6 +89,7 @@ class ZeroSection(Section):
     reduce_bucket_size: PositiveInt = 50_000_000
     prefetch_bucket_size: PositiveInt = 100_000_000
     persistence_threshold: NonNegativeInt = 100_000
+    reuse_distance: NonNegativeInt = 1_000_000_000
 
 
 class CheckpointSection(Section):
@@ -347,7 +349,12 @@ def _resolve(
         faults.append(({"train"}, "train.global_batch_size", batch_fault))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
-    notes += _mode_notes(config, on_gpu=assumed_gpu is not None or torch.cuda.is_available())
+    on_gpu = assumed_gpu is not None or torch.cuda.is_available()
+    if train.compile == "auto":
+        compiled, why = _choose_compile(config, backend, on_gpu)
+        train = train.model_copy(update={"compile": compiled})
+        notes.append(f"train.compile: auto -> {str(compiled).lower()} ({why})")
+    notes += _mode_notes(config, on_gpu=on_gpu)
     resolved = config.model_copy(update={
         "run": config.run.model_copy(update={"name": config.run.name or run_name}),
         "model": config.model.resolved(),
@@ -357,6 +364,17 @@ def _resolve(
         "tracking": config.tracking.model_copy(update={"group": config.tracking.group or group}),
     })
     return resolved, notes, faults
+
+
+def _choose_compile(config: Config, backend: str, on_gpu: bool) -> tuple[bool, str]:
+    """What train.compile: auto comes to, and why."""
+    if not on_gpu:
+        return False, "on a CPU it saves nothing, and takes a minute"
+    if config.attention.deterministic:
+        return False, "attention.deterministic: what is compiled may add up in another order after another start"
+    if backend == "flash_attn":
+        return False, "attention.backend: flash_attn, which torch.compile cannot see through in every version"
+    return True, "on a GPU fewer and larger kernels; the first step takes a minute, a later start's less"
 
 
 def _resolve_decay(optimizer: OptimizerSection, steps: int) -> OptimizerSection:

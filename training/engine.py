@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +18,17 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from torch.utils import cpp_extension
 
 from model.checkpointing import Checkpointing
+from model.compilation import compile_blocks
 from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
 from training.config import Config, OptimizerSection
 from training.distributed import UserFault, load_op
 from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
 from training.schedule import learning_rate
+from training.zero3_step import shorten_step
+
+
+COMPILED_CODE = ".compiled"  # folder of run.output_dir
 
 
 def deepspeed_config(config: Config) -> dict:
@@ -48,14 +54,19 @@ def deepspeed_config(config: Config) -> dict:
         "zero_optimization": {
             "stage": zero.stage,
             "overlap_comm": True,
-            "contiguous_gradients": True,
+            # Of stage 3 training.zero3_step makes one copy, not two.
+            "contiguous_gradients": not _shortened(config),
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             "stage3_param_persistence_threshold": zero.persistence_threshold,
+            "stage3_max_reuse_distance": zero.reuse_distance,
+            # What is kept must not stop the prefetch; DeepSpeed's default otherwise.
+            "stage3_max_live_parameters": max(zero.reuse_distance, 1_000_000_000),
             **({"offload_optimizer": {"device": "cpu"}} if zero.offload_optimizer == "cpu" else {}),
             **({"offload_param": {"device": "cpu"}} if zero.offload_parameters == "cpu" else {}),
-            # DeepSpeed's linear layer for stage 3 adds the bias in place, to a product that keep_matmuls would keep without it.
-            "memory_efficient_linear": not config.train.keep_matmuls,
+            # DeepSpeed's linear layer for stage 3 adds the bias in place, to a product that keep_matmuls would keep without it. Compiled
+            # code needs it not: it keeps no gathered weight either.
+            "memory_efficient_linear": not (config.train.keep_matmuls or config.train.compile),
         },
         # DeepSpeed knows torch's AdamW; Muon's ZeRO is training.muon's, tested against the unsharded one.
         **({"zero_allow_untested_optimizer": True} if config.optimizer.name == "muon" else {}),
@@ -80,6 +91,9 @@ def check_machine(config: Config) -> str | None:
     Raises:
         UserFault: this machine lacks what the configuration needs.
     """
+    compiler = os.environ.get("CXX", "c++")
+    if config.train.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
+        raise UserFault(f"train.compile=true: on a CPU it takes a C++ compiler, and there is none ({compiler}); install one (apt-get install g++), or use false")
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserFault("train.precision=fp16: DeepSpeed trains in it on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32")
     if config.zero.offload_optimizer == "none":
@@ -87,7 +101,6 @@ def check_machine(config: Config) -> str | None:
     built = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False), f"{CPUAdamBuilder.NAME}.so")
     if built.exists() or find_spec(CPUAdamBuilder().absolute_name()):  # at its first use; when DeepSpeed was installed
         return None
-    compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         raise UserFault(f"zero.offload_optimizer=cpu: DeepSpeed's CPU Adam has to be compiled, and there is no C++ compiler ({compiler}); "
                         "install one (apt-get install g++), or use zero.offload_optimizer=none")
@@ -97,6 +110,11 @@ def check_machine(config: Config) -> str | None:
 def _is_plain(config: Config) -> bool:
     """Whether DeepSpeed leaves AdamW as it is, unwrapped."""
     return config.zero.stage == 0 and config.train.precision == "fp32"
+
+
+def _shortened(config: Config) -> bool:
+    """Whether training.zero3_step has a part in it."""
+    return config.zero.stage == 3 and config.zero.offload_optimizer == "none"
 
 
 class _ReadKeys(dict):
@@ -136,6 +154,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
         load_universal: a checkpoint in the universal format will be loaded (``training.universal``).
     """
     train = config.train
+    deepspeed.utils.nvtx.enable_nvtx = False  # marks for a profiler around thousands of calls a step
     generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
     with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
@@ -143,6 +162,9 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     if config.zero.stage == 3:
         # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
+    if train.compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.output_dir, COMPILED_CODE).resolve()))
+        compile_blocks(model)
     if train.activation_checkpointing == "deepspeed":
         classic = train.partition_activations == "classic"
         # Without partitioning, its copy of what is on the CPU already is no copy, and it would empty both.
@@ -151,6 +173,8 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
     if config.optimizer.name == "muon" and config.zero.stage > 0:
         find_shards(optimizer, engine.optimizer, [layer.weight for layer in hidden_layers(model)])
+    if _shortened(config):
+        shorten_step(engine.optimizer)
     if config.zero.stage == 0:
         # Its bf16 optimizer allocates the states by a step with zero gradients, which would count in Adam's bias correction.
         optimizer.state.clear()
@@ -190,30 +214,77 @@ def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, config: Config) -> No
         engine.optimizer.clip_grad = settings.grad_clip
 
 
+class Late:
+    """A number on its way from the GPU; to read it, by ``float()``, waits for what was asked of the GPU before it, and for nothing after."""
+
+    def __init__(self, number: torch.Tensor):
+        self.here = number.detach().to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if number.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def is_here(self) -> bool:
+        return self.arrived is None or self.arrived.query()
+
+    def __float__(self) -> float:
+        if self.arrived:
+            self.arrived.synchronize()
+        return float(self.here)
+
+
+class _Read:
+    """A dataclass's field of floats that holds a float or a ``Late`` one, and reads it when it is asked for."""
+
+    def __init__(self, *default: float):
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name
+
+    def __get__(self, instance: object, owner: type) -> float:
+        if instance is None and not self.default:
+            raise AttributeError(self.name)  # which means that there is none
+        if instance is None:
+            return self.default[0]
+        return float(vars(instance)[self.name])
+
+    def __set__(self, instance: object, value: float | Late):
+        vars(instance)[self.name] = value
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: mean loss in nats per target token of the global batch, gradient norm before clipping, learning rate.
 
+    To read the norm right after the step waits for the GPU to end it, which all else here does not.
+
     ``applied`` is false where the loss or a gradient was not finite on some rank: then no rank has changed a parameter or a state.
     ``loss_scale`` is what it was taken with, in fp16; ``overflow`` is true where gradients alone were not finite and the scale fell.
+    ``stopping``: on how many ranks the step was told so.
     """
 
-    loss: float
-    grad_norm: float
+    loss: float = _Read()
+    grad_norm: float = _Read()
     lr: float
     applied: bool
     loss_scale: float | None = None
     overflow: bool = False
+    stopping: float = _Read(0.0)
+
+    def is_here(self) -> bool:
+        """Whether nothing of it has to be waited for."""
+        return all(each.is_here() for each in vars(self).values() if isinstance(each, Late))
 
 
 def train_step(
     engine: deepspeed.DeepSpeedEngine, micro_batches: list[tuple[torch.Tensor, torch.Tensor]], step: int, config: Config,
-    loss_scale: LossScale | None = None,
+    loss_scale: LossScale | None = None, stopping: Callable[[], bool] = lambda: False,
 ) -> StepResult:  # fmt: skip
     """One optimizer step over this rank's micro batches, each (tokens, labels), int64 [micro_batch, sequence].
 
     The loss is the sum over all targets of the global batch divided by their number, whatever their spread over ranks and
     micro batches: a mean of means would weigh a token by how many neighbours it has. loss_scale: needed in fp16, and moved on.
+    stopping: asked during the last micro batch, for every rank to know.
     """
     lr = learning_rate(step, config.train.steps, config.optimizer)
     for group in engine.optimizer.param_groups:
@@ -229,7 +300,11 @@ def train_step(
         loss_sum = engine(tokens, labels)
         loss += loss_sum.detach()
         if micro_batch == len(micro_batches):
-            dist.all_reduce(loss)
+            totals = torch.stack((loss, torch.full_like(loss, stopping())))
+            dist.all_reduce(totals)
+            loss = totals[0]
+            # Asked for before the backward pass, at whose end DeepSpeed waits: then they are there.
+            mean, stops = Late(loss / targets), Late(totals[1])
             # 0 or NaN: a loss that is not finite makes every rank's gradients NaN, and so no rank takes the step.
             weight = weight + (loss * 0).float()
         engine.backward(loss_sum * weight, scale_wrt_gas=False)
@@ -237,7 +312,7 @@ def train_step(
             norm, applied = _take_plain_step(engine, config.optimizer.grad_clip) if _is_plain(config) else _take_step(engine)
         else:
             engine.step()
-    result = StepResult(loss=(loss / targets).item(), grad_norm=norm, lr=lr, applied=applied)
+    result = StepResult(loss=mean, grad_norm=norm, lr=lr, applied=applied, stopping=stops)
     if loss_scale is None:
         return result
     before, falls = loss_scale.scale, not applied and math.isfinite(result.loss) and loss_scale.can_fall()
@@ -245,14 +320,15 @@ def train_step(
     return replace(result, loss_scale=before, overflow=falls)
 
 
-def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float, bool]:
+def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float | Late, bool]:
     """The optimizer step after the last micro batch: gradient norm before clipping, and whether the step was applied."""
     engine.step()
     applied = engine.was_step_applied()
     if not applied and engine.zero_cpu_offload() and engine.zero_optimization_stage() < 3:
         # DeepSpeed 0.19.8 keeps these sums, which are no numbers, and would add every later gradient to them.
         engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
-    return float(engine.get_global_grad_norm()), applied
+    norm = engine.get_global_grad_norm()
+    return Late(norm) if torch.is_tensor(norm) else norm, applied
 
 
 def _take_plain_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[float, bool]:

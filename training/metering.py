@@ -27,7 +27,7 @@ class Meter:
                  "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)
         self.causal_flops_per_token = model_flops_per_token(**shape, causal_discount=True)
-        recomputed = count_recomputed(model, checkpointing_of(config))
+        recomputed = count_recomputed(model, checkpointing_of(config), compiled=config.train.compile)
         self.hardware_flops_per_token = hardware_flops_per_token(
             **shape, recomputed_parameters=recomputed["parameters"], recomputed_layers=recomputed["layers"])
         self.device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
@@ -40,11 +40,17 @@ class Meter:
 
     def description(self) -> dict:
         """What the rows assume, for run.json."""
-        return {"parameters": self.parameters, "flops_per_token": self.flops_per_token, "hardware_flops_per_token": self.hardware_flops_per_token,
+        return {"parameters": self.parameters, "flops_per_token": self.flops_per_token, "causal_flops_per_token": self.causal_flops_per_token,
+                "hardware_flops_per_token": self.hardware_flops_per_token,
                 "device_name": self.device_name, "peak_flops_per_gpu": self.peak_flops, "world_size": self.world}
 
+    def utilisation(self, tokens_per_second_per_gpu: float) -> dict[str, float | None]:
+        """MFU, MFU of what the causal mask shows alone, and HFU; null where the peak is not known."""
+        flops = {"mfu": self.flops_per_token, "mfu_causal": self.causal_flops_per_token, "hfu": self.hardware_flops_per_token}
+        return {name: each * tokens_per_second_per_gpu / self.peak_flops if self.peak_flops else None for name, each in flops.items()}
+
     def row(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict:
-        """One optimizer step, ``step`` counted from 1; seconds are wall-clock of that step, without evaluation."""
+        """One optimizer step but for its loss and norm, ``step`` counted from 1; seconds are wall-clock of that step, without evaluation."""
         tokens_per_second = self.tokens_per_step / step_seconds
         per_gpu = tokens_per_second / self.world
         return {
@@ -52,16 +58,13 @@ class Meter:
             "tokens": step * self.tokens_per_step,
             "flops": step * self.tokens_per_step * self.flops_per_token,
             "elapsed_seconds": self.elapsed_seconds(),
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
             "lr": result.lr,
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             "tokens_per_second": tokens_per_second,
             "tokens_per_second_per_gpu": per_gpu,
             "step_seconds": step_seconds,
             "data_seconds": data_seconds,
-            "mfu": self.flops_per_token * per_gpu / self.peak_flops if self.peak_flops else None,
-            "hfu": self.hardware_flops_per_token * per_gpu / self.peak_flops if self.peak_flops else None,
+            **self.utilisation(per_gpu),
             "peak_memory_bytes": peak_memory_bytes(),
         }
 

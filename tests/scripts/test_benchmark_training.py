@@ -221,6 +221,23 @@ def test_what_cannot_be_compared_is_refused(tiny, capsys, override, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("contender, message", [
+    ("ours,model.layers=3", "model must be the same for all; change it in --configs"),
+    ("ours,train.activation_checkpointing=full", "train.activation_checkpointing must be the same for all"),
+    ("ours,zero.reduce_dtype=bf16", "zero.reduce_dtype must be the same"), ("ours,zero.stage=2", "zero.stage is 2"),
+    ("ours,zero.reuse=0", "unknown key"), ("theirs", "there is no such contender; there are ours, zero3_stock")])
+def test_a_contenders_own_settings_leave_the_task_as_it_is(tiny, capsys, contender, message):
+    case = f"{tiny},train.precision=bf16"
+    asked = ["--configs", case, "--gpus", "2", "--device", "cpu", "--contenders"]
+    options = benchmark.parse([*asked, "ours,zero.reuse_distance=0,train.compile=true", "ours", "--profile", "ours"])
+    own = benchmark.case_config(benchmark.own_case(case, options.contenders[0]), 2, 4)
+    assert (own.zero.reuse_distance, own.train.compile, own.train.precision) == (0, True, "bf16")
+    for wrong, told in ([contender], message), (["ours", "--profile", "zero3_stock"], "--profile zero3_stock: not among --contenders"):
+        with pytest.raises(SystemExit):
+            benchmark.parse([*asked, *wrong])
+        assert told in capsys.readouterr().err
+
+
 # --- profiles -------------------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 import dataclasses
 import math
 
+import torch
+
 from training.checkpoints import LoopState
-from training.engine import StepResult
+from training.engine import Late, StepResult
 from training.loss_scale import LossScale
 
 
@@ -35,3 +37,12 @@ def test_overflow_counts_as_skipped_and_not_as_skipped_in_a_row():
     state.count(StepResult(**skipped | {"applied": True}))
     assert state.skipped_in_a_row == 0
     assert LoopState(**dataclasses.asdict(state)) == state, "as state.json holds it"
+
+
+def test_a_step_holds_numbers_that_are_read_when_they_are_asked_for():
+    scalar = torch.tensor(2.5, dtype=torch.float64)
+    late = Late(scalar * 2)
+    result = StepResult(loss=late, grad_norm=1, lr=0.1, applied=True)
+    assert result.is_here() and result.loss == 5.0 and type(result.grad_norm) is float and result.stopping == 0.0
+    late.arrived = type("Event", (), {"query": lambda self: False, "synchronize": lambda self: None})()
+    assert not result.is_here() and dataclasses.replace(result, lr=0.2).loss == 5.0

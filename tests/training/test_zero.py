@@ -11,7 +11,7 @@ from tests.launching import deepspeed_run
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     out = tmp_path_factory.mktemp("zero") / "seen.json"
-    done = deepspeed_run("tests/training/zero_worker.py", out, TRITON_INTERPRET="1")
+    done = deepspeed_run("tests/training/zero_worker.py", out, TRITON_INTERPRET="1", TORCHINDUCTOR_CACHE_DIR=str(out.parent / "compiled"))
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(out.read_text())
 
@@ -71,6 +71,31 @@ def test_muon_trains_as_torchs_muon_and_adamw_do_on_one_process(seen):
     for run in (*muon["bf16"].values(), muon["bf16_states"]):
         assert_same_training(run, muon["plain"], relative=5e-3)
     assert muon["plain"]["losses"][1] != pytest.approx(seen["plain_llama"]["losses"][1], rel=1e-4), "not AdamW's"
+
+
+def test_compiled_blocks_train_as_plain_pytorch_in_one_graph(seen):
+    """Inductor's code, and in the other modes what it is made from; one graph for all layers, and no break in it."""
+    compiled = seen["compiled"]
+    assert_same_training(compiled["inductor"]["plain"], seen["plain"])
+    assert compiled["inductor"]["graphs"]["stats"]["unique_graphs"] == 1 and not compiled["inductor"]["graphs"]["graph_break"]
+    assert len(compiled["traced"]) == 7
+    for name, cell in compiled["traced"].items():
+        assert_same_training(cell, seen["plain"], relative=2e-6 if name.startswith("fp32") else 1e-3, name=name)
+    assert_same_training(compiled["llama"], seen["plain_llama"])
+    assert_same_training(compiled["features"], seen["plain_features"])
+
+
+def test_compiled_dropout_is_drawn_again_by_checkpointing(seen):
+    assert_same_training(seen["compiled"]["inductor"]["dropout"]["full"], seen["compiled"]["inductor"]["dropout"]["none"])
+    plain, by_deepspeed = seen["compiled"]["dropout"]
+    assert_same_training(by_deepspeed, plain)
+    assert plain["losses"][0] != pytest.approx(seen["plain"]["losses"][0], rel=1e-5)
+
+
+def test_compiled_blocks_hold_on_to_no_gathered_parameter(seen):
+    """Between the forward and the backward pass: ZeRO-3 would shard in vain what a view keeps whole."""
+    left = seen["compiled"]["left"]
+    assert left["gathered"] == 24 and left["left"] == 0 and left["needs_backward"]
 
 
 def test_the_loss_scale_falls_until_gradients_fit_and_its_steps_do_not_count_as_going_astray(seen):

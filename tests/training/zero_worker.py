@@ -17,7 +17,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from model import compilation
 from model.gpt import GPT, IGNORED_LABEL, hidden_layers, parameter_groups
 from scripts.training_peers import let_go
 from training.batches import validation_batches
@@ -167,6 +169,41 @@ def grid() -> dict:
     return cells
 
 
+def compiled() -> dict:
+    """Blocks compiled: by Inductor, with what came of it, and what a forward pass leaves of the gathered parameters; traced alone in every mode."""
+    torch.nn.functional.linear = LINEAR
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    by_inductor = ["train.compile=true", "attention.backend=sdpa"]
+    inductor = {"plain": train(configure(*by_inductor))}
+    inductor["graphs"] = {name: dict(counters[name]) for name in ("stats", "graph_break")}
+    dropout = ["train.compile=true", "model.dropout=0.5", "attention.dropout=0.3"]
+    inductor["dropout"] = {mode: train(configure(*by_inductor, "model.dropout=0.5", f"train.activation_checkpointing={mode}")) for mode in ("none", "full")}
+    left = parameters_left(configure(*by_inductor))
+    compilation._compiled = torch.compile(compilation._run, fullgraph=True, dynamic=False, backend="aot_eager")
+    traced = {}
+    for mode, (precision, stage) in zip(CHECKPOINTING, itertools.cycle([("fp32", 3), ("bf16", 3), ("fp16", 2), ("fp32", 1)])):  # noqa: B905
+        backend = "triton" if mode == "selective and matmuls" else "sdpa"  # whose interpreter takes its time
+        settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.stage={stage}", f"attention.backend={backend}"]
+        traced[f"{precision}, {mode}, {backend}"] = train(configure("train.compile=true", "train.gradient_accumulation_steps=2", *settings, *CHECKPOINTING[mode]))
+    deepspeed_dropout = train(configure(*dropout, "train.activation_checkpointing=deepspeed"))
+    plain_dropout = train(configure(*dropout))
+    llama = train(configure("train.compile=true", *LLAMA, "train.activation_checkpointing=selective", "attention.backend=sdpa"))
+    features = train(configure("train.compile=true", *FEATURES, "attention.backend=tiled", "train.activation_checkpointing=full"))
+    return {"inductor": inductor, "left": left, "traced": traced, "dropout": [plain_dropout, deepspeed_dropout], "llama": llama, "features": features}
+
+
+def parameters_left(config: Config) -> dict[str, int]:
+    """How many gathered parameters of blocks there are, and how many of them something holds on to after a forward pass."""
+    engine, gathered = build_engine(config), []
+    for block in engine.module.blocks:
+        block.register_forward_hook(lambda block, *_: gathered.extend(StorageWeakRef(p.untyped_storage()) for p in block.parameters()), prepend=True)
+    loss = engine(*micro_batches(config, 0)[0])
+    found = {"gathered": len(gathered), "left": sum(not reference.expired() for reference in gathered), "needs_backward": loss.requires_grad}
+    let_go(engine)
+    return found
+
+
 def muon() -> dict:
     """Every stage in fp32, its matrices after the last step too, against torch's Muon and AdamW on one process; and in bf16."""
     settings, expected = ["optimizer.name=muon", "optimizer.muon_lr=0.2", "optimizer.grad_clip=0.5", *LLAMA], {}
@@ -181,7 +218,7 @@ def muon() -> dict:
 def on_a_gpu() -> dict:
     """Losses and peak memory of each checkpointing mode, with offload and without, in bf16 and fp16, in a model whose activations count."""
     cells = {}
-    big = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
+    big = ["train.compile=false", "model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
     for mode, parameters in itertools.product(CHECKPOINTING, ("none", "cpu")):
         for precision in ("bf16", "fp16"):
             torch.nn.functional.linear = LINEAR
@@ -339,6 +376,7 @@ def main() -> None:
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
         "muon": muon(),
+        "compiled": compiled(),
         "bf16_gradient_error": {f"{stage} {offload}": bf16_gradient_error(stage, *OFFLOAD[offload]) for stage in (1, 2, 3) for offload in ("none", "optimizer")},
         "loss_scale_search": loss_scale_search(),
         "initial_weights": initial_weights(),
