@@ -3,6 +3,7 @@
     python scripts/tune_attention.py --out runs/tune_attention.json                              # every row of this GPU's table
     python scripts/tune_attention.py --passes dkdv dq --head-dims 128 --dtypes half --minutes 3
     python scripts/tune_attention.py --score-features                # the half-precision rows for softcap, ALiBi and dropout
+    python scripts/tune_attention.py --bounded --passes forward      # the half-precision rows for windows and documents
 
 It prints the table's rows as they would stand with what it found, and writes every timing; it changes nothing: the table is checked in, and
 no tile is chosen while training. A row is a pass, a dtype class and a head_dim. Its candidates are the --candidates tiles nearest to the
@@ -76,9 +77,10 @@ class Row(NamedTuple):
     dtype: str  # a key of DTYPES
     head_dim: int
     score_features: bool = False  # softcap, ALiBi and dropout, all at once
+    bounded: bool = False  # by a window and by documents
 
     def present(self, arch: str) -> Tile:
-        return tuning.tile_for(arch, self.which, DTYPES[self.dtype], self.head_dim, self.score_features)
+        return tuning.tile_for(arch, self.which, DTYPES[self.dtype], self.head_dim, self.score_features, self.bounded)
 
 
 def candidates(row: Row, arch: str, count: int) -> list[Tile]:
@@ -321,16 +323,18 @@ def table(arch: str, outcomes: list[dict]) -> list[str]:
     """The changed tables' lines for each pass, in the form of tuning.py."""
     found = {Row(*(x[name] for name in Row._fields)): x["best"] for x in outcomes}
     lines = []
-    for name, dtype, score_features in ((f'_HALF["{arch}"]', "half", False), (f'_HALF_WITH_SCORE_FEATURES["{arch}"]', "half", True),
-                                        ("_FLOAT32", "float32", False)):  # fmt: skip
-        passes = [which for which in PASSES if any(row[:2] == (which, dtype) and row.score_features == score_features for row in found)]
+    for name, dtype, *kind in (
+        (f'_HALF["{arch}"]', "half", False, False), (f'_HALF_WITH_SCORE_FEATURES["{arch}"]', "half", True, False),
+        (f'_HALF_BOUNDED["{arch}"]', "half", False, True), ("_FLOAT32", "float32", False, False),
+    ):  # fmt: skip
+        passes = [which for which in PASSES if any(row[:2] == (which, dtype) and [*row[3:]] == kind for row in found)]
         lines += [name] * bool(passes)
         for which in passes:
             # The half-precision rows of head_dim 16 are those of 64.
-            rows = {d: Row(which, dtype, 64 if (d, dtype) == (16, "half") else d, score_features) for d in HEAD_DIMS}
+            rows = {d: Row(which, dtype, 64 if (d, dtype) == (16, "half") else d, *kind) for d in HEAD_DIMS}
             tiles = {d: found.get(row, row.present(arch)) for d, row in rows.items()}
-            if score_features:  # a table of those that differ
-                tiles = {d: tile for d, tile in tiles.items() if tile != rows[d]._replace(score_features=False).present(arch)}
+            if any(kind):  # a table of those that differ
+                tiles = {d: tile for d, tile in tiles.items() if tile != rows[d]._replace(score_features=False, bounded=False).present(arch)}
             entries = ", ".join(f"{d}: Tile{tuple(tile)}" for d, tile in tiles.items())
             lines.append(f'    "{which}": {{{entries}}},')
     return lines
@@ -338,7 +342,7 @@ def table(arch: str, outcomes: list[dict]) -> list[str]:
 
 def line(outcome: dict) -> str:
     """One row's outcome, with the runners-up."""
-    what = f"{outcome['which']:7} {outcome['dtype']:7} {outcome['head_dim']:>3}{' score features' * outcome['score_features']}"
+    what = f"{outcome['which']:7} {outcome['dtype']:7} {outcome['head_dim']:>3}{' score features' * outcome['score_features']}{' bounded' * outcome['bounded']}"
     what += f"  Tile{tuple(outcome['present'])}"
     refused = sum(x["refused"] is not None for x in outcome["candidates"])
     tried = f"{len(outcome['candidates']) - refused} tried, {refused} refused; fastest {[tuple(tile) for tile in outcome['finalists'][:3]]}"
@@ -363,6 +367,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--head-dims", nargs="+", type=int, choices=HEAD_DIMS, default=[64, 128, 256])
     parser.add_argument("--score-features", action="store_true", help="the half-precision rows with softcap, ALiBi and dropout instead")
+    parser.add_argument("--bounded", action="store_true", help="the half-precision rows with windows and documents instead, on such a problem")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=["causal", "full", "short"])
     parser.add_argument("--candidates", type=int, default=32, help="tiles tried in a row, the present one among them")
     parser.add_argument("--minutes", type=float, default=9.0)
@@ -374,9 +379,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + 60 * options.minutes
     arch = tuning.generation(tuning.compute_capability(torch.device("cuda")))
-    problems = {name: PROBLEMS[name] for name in options.problems}
-    dtypes = ["half"] if options.score_features else options.dtypes
-    rows = [Row(*numbers, options.score_features) for numbers in product(options.passes, dtypes, options.head_dims)]
+    problems = {name: PROBLEMS[name] for name in (["bounded"] if options.bounded else options.problems)}
+    dtypes = ["half"] if options.score_features or options.bounded else options.dtypes
+    rows = [Row(*numbers, options.score_features, options.bounded) for numbers in product(options.passes, dtypes, options.head_dims)]
     result = dict(environment=collect_environment(), arch=arch, problems=problems, rows=[], left_out=[], table=[])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     pool = ProcessPoolExecutor(min(os.cpu_count(), PROCESSES), mp_context=get_context("spawn"))

@@ -155,9 +155,9 @@ def test_tiles_cover_all_head_dims():
     for arch in SHARED_MEMORY_LIMIT:
         for dtype in (torch.float16, torch.float32):
             for head_dim in range(16, 257):
-                for which, score_features in itertools.product(PASSES, (False, True)):
-                    tile = tile_for(arch, which, dtype, head_dim, score_features)
+                for which, *kind in itertools.product(PASSES, (False, True), (False, True)):
+                    tile = tile_for(arch, which, dtype, head_dim, *kind)
                     assert min(tile.queries, tile.keys) >= 16, "the least that tl.dot takes"
-        for which, score_features in itertools.product(PASSES, (False, True)):
-            rows = [tile_for(arch, which, torch.float16, head_dim, score_features) for head_dim in (16, 64)]
+        for which, *kind in itertools.product(PASSES, (False, True), (False, True)):
+            rows = [tile_for(arch, which, torch.float16, head_dim, *kind) for head_dim in (16, 64)]
             assert rows[0] == rows[1], "compile both: `cases` leaves out 16"
