@@ -221,7 +221,10 @@ def parameter_groups(model: nn.Module, *, hidden_apart: bool = False) -> list[di
     """
     hidden = [m.weight for m in hidden_layers(model)] if hidden_apart else []
     apart = {id(p) for p in hidden}
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))} - apart
+    if hasattr(model, "matrices"):  # a HuggingFaceModel, whose modules are of any type
+        matrices = {id(p) for name, p in model.named_parameters() if name in model.matrices}
+    else:
+        matrices = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Linear, nn.Embedding))} - apart
     decayed = [p for p in model.parameters() if id(p) in matrices]
     kept = [p for p in model.parameters() if id(p) not in matrices | apart]
     return [{"params": group} for group in ([hidden] if hidden_apart else []) + [decayed, kept]]

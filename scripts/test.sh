@@ -10,6 +10,8 @@ source "$root/launch/environment.sh"
 # The stamp lies in .venv and so is gone whenever that is made anew.
 if ! cmp -s requirements-test.txt .venv/test-stamp; then
     python -m pip install -qq --disable-pip-version-check --no-input -c .venv/constraints.txt -r requirements-test.txt
+    # Alone: of the 40 packages that it comes with, scipy among them, its tasks of perplexity and choice import none but those named above.
+    python -m pip install -qq --disable-pip-version-check --no-input -c .venv/constraints.txt --no-deps lm-eval
     cp requirements-test.txt .venv/test-stamp
 fi
 # The newest release of Triton beside the pinned one: tests/kernels/test_triton.py compiles and interprets the kernels with both.
