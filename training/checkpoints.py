@@ -42,6 +42,7 @@ from training.loss_scale import LossScale
 from training.manifest import STATE_FILE, complete_checkpoints, faults_of, named_checkpoints, seal, step_folder, step_of, write_manifest
 from training.schedule import learning_rate
 from training.universal import convert_to_universal, load_universal
+from training.universal import read_weights as universal_weights
 
 LATEST_FILE = "latest"
 # Bytes a parameter, at most: fp32 master weight, two moments, and the copy that stages 0 to 2 write beside them.
@@ -265,6 +266,7 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
         UserFault: one changed that the saved weights or the order of the data do not survive.
     """
     fixed = {"run.seed", "train.global_batch_size", "optimizer.name"}
+    not_architecture = ("model.dropout", "model.init_from", "model.huggingface")
     free = {"run", "checkpoint", "tracking", "sample", "eval", "attention.backend", "data"}
     changed, faults = [], []
     before, now = _flat(Config().model_dump()) | _flat(checkpoint.saved["config"]), _flat(config.model_dump())
@@ -273,7 +275,7 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
         if before.get(key) == now.get(key):
             continue
         line = f"{key}: {before.get(key)} -> {now.get(key)}"
-        if key in fixed or key == "data.corpus_sha256" or (key.startswith("model.") and key != "model.dropout"):
+        if key in fixed or key == "data.corpus_sha256" or (key.startswith("model.") and key not in not_architecture):
             faults.append(line)
         elif key not in free and key.split(".")[0] not in free:
             changed.append(f"changed since the checkpoint: {line}")
@@ -345,6 +347,25 @@ def load(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, config: Conf
         if torch.cuda.is_available() and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"])
     set_hyperparameters(engine, config)
+
+
+def read_weights(checkpoint: Checkpoint, config: Config, *, scratch: Path) -> dict[str, torch.Tensor]:
+    """The master weights of a checkpoint, saved in any layout, in float32, by name; in one process, without a GPU.
+
+    Args:
+        config: the checkpoint's own.
+        scratch: a folder to convert it in, with room for twice the checkpoint for the moment.
+
+    Raises:
+        UserFault: a file holds more than tensors and the few classes of DeepSpeed's that belong there.
+    """
+    universal = scratch / f"{checkpoint.folder.name}.universal.tmp"
+    try:
+        with _only_tensors(checkpoint.folder):
+            convert_to_universal(checkpoint.folder, universal, _newer_layout(Config()) | checkpoint.saved["layout"], config.model, config.optimizer.name)
+            return universal_weights(universal, config.model, config.optimizer.name)
+    finally:
+        shutil.rmtree(universal, ignore_errors=True)
 
 
 def _load_generators(folder: Path) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from kernels.attention import choose, unsupported
 from model.config import AttentionConfig, GPTConfig
-from training import compositions
+from training import compositions, pretrained
 
 _LONGEST_RUN_NAME = 120  # a folder's name may have 255 bytes
 
@@ -36,6 +36,11 @@ class RunSection(Section):
     name: str | None = Field(None, pattern=r"^[^/\\*?\[\]]*[^/\\.*?\[\]][^/\\*?\[\]]*$")  # DeepSpeed takes * ? [ for patterns of files
     output_dir: str = "runs"
     seed: int = Field(1234, ge=0, lt=2**62)
+
+
+class ModelSection(GPTConfig):
+    init_from: Annotated[str, Field(min_length=1)] | None = None
+    huggingface: Annotated[str, Field(min_length=1)] | None = None
 
 
 class DataSection(Section):
@@ -125,7 +130,7 @@ class Config(Section):
     """One run.  ``configs/base.yaml`` documents every key."""
 
     run: RunSection = RunSection()
-    model: GPTConfig = GPTConfig()
+    model: ModelSection = ModelSection()
     attention: AttentionConfig = AttentionConfig()
     data: DataSection = DataSection()
     train: TrainSection = TrainSection()
@@ -314,6 +319,9 @@ def load_config(
         broken = {str(fault["loc"][0]) for fault in error.errors()}
         # The sound sections are checked on, so that every fault is told at once.
         config = Config.model_validate({section: values for section, values in tree.values.items() if section not in broken})
+    given = {} if "model" in broken else tree.values.get("model", {})
+    config, pretrained_faults = _resolve_pretrained(config, given)
+    faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for key, what in pretrained_faults]
     config, notes, found = _resolve(config, _run_name(file, tree.overridden), file.stem, world_size, assumed_gpu)
     faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for sections, key, what in found if not broken & sections]
     if faults:
@@ -334,6 +342,15 @@ def _run_name(file: Path, overridden: dict[str, str]) -> str:
     if len(name) <= _LONGEST_RUN_NAME:
         return name
     return f"{name[:_LONGEST_RUN_NAME - 9]},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _resolve_pretrained(config: Config, given: dict[str, Any]) -> tuple[Config, list[tuple[str, str]]]:
+    """The architecture of model.init_from or model.huggingface, and what of ``given``, the run's own ``model``, contradicts it: (key, what)."""
+    keys = {"model.init_from", "model.huggingface"}
+    if (config.model.init_from, config.model.huggingface) == (None, None) or any(keys & set(row.keys) and row.refused(config) for row in compositions.ROWS):
+        return config, []
+    model, faults = pretrained.resolve(config.model, given, config.attention.window)
+    return config.model_copy(update={"model": model}), faults
 
 
 def _resolve(
@@ -370,6 +387,8 @@ def _choose_compile(config: Config, backend: str, on_gpu: bool) -> tuple[bool, s
     """What train.compile: auto comes to, and why."""
     if not on_gpu:
         return False, "on a CPU it saves nothing, and takes a minute"
+    if config.model.huggingface is not None:
+        return False, "model.huggingface: what is compiled are the blocks of the project's own GPT"
     if config.attention.deterministic:
         return False, "attention.deterministic: what is compiled may add up in another order after another start"
     if backend == "flash_attn":
@@ -406,6 +425,8 @@ def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tup
     capability = assumed_gpu or (torch.cuda.get_device_capability() if on_gpu else None)
     if on_gpu and config.train.precision == "bf16" and capability < (8, 0):
         return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp16 or fp32")]
+    if config.model.huggingface is not None:  # its layers may differ: each call chooses
+        return config.attention.backend, [], []
     asked = {
         "device_type": "cuda" if on_gpu else "cpu",
         "dtype": {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision],

@@ -21,9 +21,10 @@ from model.checkpointing import Checkpointing
 from model.compilation import compile_blocks
 from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
 from training.config import Config, OptimizerSection
-from training.distributed import UserFault, load_op
+from training.distributed import UserFault, load_op, together
 from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
+from training.pretrained import buffers_kept, load_huggingface, load_weights
 from training.schedule import learning_rate
 from training.zero3_step import shorten_step
 
@@ -157,11 +158,17 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     deepspeed.utils.nvtx.enable_nvtx = False  # marks for a profiler around thousands of calls a step
     generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
-    with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
-        model = GPT(config.model, config.attention, end_of_text=end_of_text, checkpointing=checkpointing_of(config))
-    if config.zero.stage == 3:
+    if config.model.huggingface is not None:
+        model = together(lambda: load_huggingface(config, end_of_text=end_of_text))
+    else:
+        with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
+            model = GPT(config.model, config.attention, end_of_text=end_of_text, checkpointing=checkpointing_of(config))
+        if config.model.init_from is not None:
+            load_weights(model, config.model)
+    blocks = [Block] if config.model.huggingface is None else model.block_types
+    if config.zero.stage == 3 and blocks:
         # One gather a block instead of one a submodule: fewer and larger messages, and fewer of the hooks that cost host time.
-        deepspeed.utils.set_z3_leaf_modules(model, [Block])
+        deepspeed.utils.set_z3_leaf_modules(model, blocks)
     if train.compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(config.run.output_dir, COMPILED_CODE).resolve()))
         compile_blocks(model)
@@ -170,7 +177,8 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
         # Without partitioning, its copy of what is on the CPU already is no copy, and it would empty both.
         deepspeed.checkpointing.configure(None, partition_activations=classic, checkpoint_in_cpu=train.cpu_checkpointing and (classic or torch.cuda.is_available()))
     optimizer = build_optimizer(model, config)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
+    with buffers_kept(model):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=generated)
     if config.optimizer.name == "muon" and config.zero.stage > 0:
         find_shards(optimizer, engine.optimizer, [layer.weight for layer in hidden_layers(model)])
     if _shortened(config):

@@ -9,6 +9,7 @@ from model.gpt import count_parameters, count_recomputed
 from training.config import Config
 from training.engine import StepResult, checkpointing_of
 from training.flops import hardware_flops_per_token, model_flops_per_token, peak_flops
+from training.pretrained import count_huggingface
 
 
 class Meter:
@@ -22,12 +23,14 @@ class Meter:
         model = config.model
         self.world = world
         self.tokens_per_step = config.train.global_batch_size * model.sequence_length
-        self.parameters = count_parameters(model)
+        if model.huggingface is not None:
+            self.parameters, recomputed = count_huggingface(config)
+        else:
+            self.parameters, recomputed = count_parameters(model), count_recomputed(model, checkpointing_of(config), compiled=config.train.compile)
         shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,
                  "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)
         self.causal_flops_per_token = model_flops_per_token(**shape, causal_discount=True)
-        recomputed = count_recomputed(model, checkpointing_of(config), compiled=config.train.compile)
         self.hardware_flops_per_token = hardware_flops_per_token(
             **shape, recomputed_parameters=recomputed["parameters"], recomputed_layers=recomputed["layers"])
         self.device_name = device_name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")

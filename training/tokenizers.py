@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+_END_OF_TEXT = "<|endoftext|>"  # as GPT-2's vocabulary has it
+
 
 class Tokenizer(ABC):
     """Text to token ids and back. Every id stands for a fixed string of UTF-8 bytes; `end_of_text` stands for none.
@@ -33,6 +35,14 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
         """How many UTF-8 bytes each id stands for, int64 `[vocab_size]`; 0 for `end_of_text`."""
+
+    @abstractmethod
+    def tokenizer_json(self) -> str:
+        """The same tokenizer as the content of a tokenizer.json of Hugging Face's, where `end_of_text` is a special token."""
+
+    def end_of_text_name(self) -> str:
+        """What `tokenizer_json` calls the token that ends a text."""
+        return _END_OF_TEXT
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of one text, int64 `[tokens]`."""
@@ -66,6 +76,17 @@ class ByteTokenizer(Tokenizer):
 
     def token_bytes(self) -> np.ndarray:
         return np.array([1] * 256 + [0], dtype=np.int64)
+
+    def tokenizer_json(self) -> str:
+        from tokenizers import Tokenizer as FastTokenizer
+        from tokenizers import decoders, models
+
+        # No character has a token, so each falls back to its bytes.
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {_END_OF_TEXT: self.end_of_text}
+        described = FastTokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+        described.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+        described.add_special_tokens([_END_OF_TEXT])
+        return described.to_str()
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -143,6 +164,11 @@ class GPT2Tokenizer(Tokenizer):
             lengths[index] = len(token)
         lengths[self.end_of_text] = 0
         return lengths
+
+    def tokenizer_json(self) -> str:
+        described = type(self._bpe).from_str(self._bpe.to_str())
+        described.add_special_tokens([_END_OF_TEXT])
+        return described.to_str()
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -224,6 +250,12 @@ class HuggingFaceTokenizer(Tokenizer):
                                  "(a private or gated model needs the environment variable HF_TOKEN)") from None
         return files
 
+    def tokenizer_json(self) -> str:
+        return self.definition.decode()
+
+    def end_of_text_name(self) -> str:
+        return self._tokenizer.id_to_token(self.end_of_text)
+
     def __reduce__(self):
         return type(self), (self.name, self.definition, self.end_of_text)
 
@@ -267,6 +299,15 @@ def _components(described: dict | None) -> list[dict]:
     if described is None:
         return []
     return [each for key in ("pretokenizers", "decoders") for each in described.get(key, [])] or [described]
+
+
+def save_for_transformers(tokenizer: Tokenizer, folder: Path, *, model_max_length: int) -> None:
+    """Write the tokenizer.json and tokenizer_config.json by which transformers' AutoTokenizer is this tokenizer, without code of ours."""
+    end = tokenizer.end_of_text_name()
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end, "pad_token": end,
+                 "model_max_length": model_max_length, "clean_up_tokenization_spaces": False}
+    (folder / "tokenizer.json").write_text(tokenizer.tokenizer_json(), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 _TOKENIZERS = {tokenizer.name: tokenizer for tokenizer in (ByteTokenizer, GPT2Tokenizer)}

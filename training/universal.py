@@ -20,15 +20,16 @@ from deepspeed.checkpoint import ds_to_universal
 from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT, PARAM, PARAM_GROUPS
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-from model.config import GPTConfig
 from model.gpt import GPT, parameter_groups
+from training.config import ModelSection
+from training.pretrained import meta_huggingface
 
 _STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _STAGE_3_MODEL_FILE = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 _MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
-def convert_to_universal(source: Path, target: Path, layout: dict[str, Any], model: GPTConfig, optimizer: str) -> None:
+def convert_to_universal(source: Path, target: Path, layout: dict[str, Any], model: ModelSection, optimizer: str) -> None:
     """Write the checkpoint ``source``, saved in ``layout``, into ``target`` in the universal format; one process does it.
 
     The disk needs room for it twice over for the moment.
@@ -49,7 +50,7 @@ def convert_to_universal(source: Path, target: Path, layout: dict[str, Any], mod
             shutil.copy(target / (_STAGE_3_MODEL_FILE if name == _MODEL_FILE else _MODEL_FILE), target / name)
 
 
-def _complete(target: Path, model: GPTConfig, optimizer: str) -> None:
+def _complete(target: Path, model: ModelSection, optimizer: str) -> None:
     """Bring what DeepSpeed wrote from stage 3, or from stages 1 and 2, into the form that all of them read."""
     common = torch.load(target / "zero" / "optimizer_state.pt")
     if OPTIMIZER_STATE_DICT in common:
@@ -68,7 +69,7 @@ def _complete(target: Path, model: GPTConfig, optimizer: str) -> None:
                 torch.save({PARAM: tensor.view(shape)}, folder / f"{state}.pt")
 
 
-def _convert_stage_0(source: Path, target: Path, precision: str, model: GPTConfig, optimizer: str) -> None:
+def _convert_stage_0(source: Path, target: Path, precision: str, model: ModelSection, optimizer: str) -> None:
     whole = torch.load(source / _MODEL_FILE, map_location="cpu")
     saved = whole["optimizer"]
     adam = saved if precision == "fp32" else saved["optimizer_state_dict"]
@@ -86,7 +87,7 @@ def _convert_stage_0(source: Path, target: Path, precision: str, model: GPTConfi
     shutil.copy(source / _MODEL_FILE, target)
 
 
-def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path, model: GPTConfig, optimizer: str) -> None:
+def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path, model: ModelSection, optimizer: str) -> None:
     """Load a folder that ``convert_to_universal`` wrote into an engine of any layout, built with ``checkpoint.load_universal``."""
     if engine.zero_optimization_stage() == 0:
         _load_stage_0(engine, folder, model, optimizer)
@@ -101,7 +102,12 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path, model: GPTCo
             state["step"] = torch.tensor(float(state["step"]), device=parameter.device if parameter.is_cuda else "cpu")
 
 
-def _load_stage_0(engine: deepspeed.DeepSpeedEngine, folder: Path, model: GPTConfig, optimizer: str) -> None:
+def read_weights(folder: Path, model: ModelSection, optimizer: str) -> dict[str, torch.Tensor]:
+    """The master weights in a folder that ``convert_to_universal`` wrote, in float32, by name."""
+    return {name: torch.load(folder / "zero" / name / "fp32.pt", map_location="cpu")[PARAM].float() for name in _shapes(model, optimizer)}
+
+
+def _load_stage_0(engine: deepspeed.DeepSpeedEngine, folder: Path, model: ModelSection, optimizer: str) -> None:
     masters = [p for group in engine.basic_optimizer.param_groups for p in group["params"]]
     parameters = dict(engine.module.named_parameters())
     for name, master in zip(_shapes(model, optimizer), masters, strict=True):
@@ -111,9 +117,12 @@ def _load_stage_0(engine: deepspeed.DeepSpeedEngine, folder: Path, model: GPTCon
         engine.basic_optimizer.state[master] = {"step": torch.load(folder / "zero" / name / "step.pt"), **{k: files[k] for k in _STATES[1:]}}
 
 
-def _shapes(model: GPTConfig, optimizer: str) -> dict[str, torch.Size]:
+def _shapes(model: ModelSection, optimizer: str) -> dict[str, torch.Size]:
     """Names and shapes of the parameters, in the order of the optimizer ``adamw`` or ``muon``."""
-    with torch.device("meta"):
-        built = GPT(model)
+    if model.huggingface is not None:
+        built = meta_huggingface(model.huggingface)
+    else:
+        with torch.device("meta"):
+            built = GPT(model)
     names = {id(p): name for name, p in built.named_parameters()}
     return {names[id(p)]: p.shape for group in parameter_groups(built, hidden_apart=optimizer == "muon") for p in group["params"]}

@@ -7,13 +7,15 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 
 import model.gpt
+from model.conversion import export_config, export_state
 from tests.checkpoint_contents import tensor_hashes
 from tests.training.checkpoint_grids import CPU_GRID, GPU_GRID, MODES
 from tests.training.zero_worker import END_OF_TEXT, configure, micro_batches, train_plainly
 from tests.training.zero_worker import train as train_all
-from training.checkpoints import Checkpoint, LoopState, check_fits, find_checkpoint, load, save
+from training.checkpoints import Checkpoint, LoopState, check_fits, find_checkpoint, load, read_weights, save
 from training.config import Config
 from training.distributed import UserFault, end_process, gather, join_process_group
 from training.engine import build_engine, train_step
@@ -60,16 +62,33 @@ def resumed(checkpoint: Checkpoint, config: Config, scratch: Path) -> dict:
     return {**seen, "hashes": tensor_hashes(end)}
 
 
+def gathered(engine) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters(parameter, enabled=engine.zero_optimization_stage() == 3):
+            weights[name] = parameter.detach().cpu().clone()
+    return weights
+
+
+def read_alone(engine, folder: Path, config: Config) -> bool:
+    """Whether one process, reading a checkpoint, finds the weights that the ranks hold, which are the master weights rounded."""
+    weights = gathered(engine)
+    if dist.get_rank() > 0:
+        return True
+    found = read_weights(Checkpoint.read(folder), config, scratch=folder.parent)
+    return found.keys() == weights.keys() and all(torch.equal(found[name].to(held.dtype), held) for name, held in weights.items())
+
+
 def saved_and_resumed(config: Config, out: Path, name: str) -> dict:
     """6 steps against 3, saved, loaded into a fresh engine, and 3 more."""
     engine, state = build_engine(config, end_of_text=END_OF_TEXT), loop_state(config)
     train(engine, config, 0, SAVED_AT, state)
-    write(engine, out / name, config, state)
+    alone = read_alone(engine, write(engine, out / name, config, state), config)
     whole = train(engine, config, SAVED_AT, END, state)
     hashes = tensor_hashes(write(engine, out / "whole" / name, config, state))
     engine.destroy()
     checkpoint, _ = find_checkpoint("auto", out / name)
-    return {"whole": whole, "hashes": hashes, "resumed": resumed(checkpoint, config, out / "again" / name)}
+    return {"whole": whole, "hashes": hashes, "read_alone": alone, "resumed": resumed(checkpoint, config, out / "again" / name)}
 
 
 def same_layout(out: Path) -> dict:
@@ -144,6 +163,40 @@ def initial_weights() -> dict:
     return seen
 
 
+def weights_from_elsewhere(out: Path) -> dict:
+    """Whether each stage starts from the weights of model.init_from, and what is said where the file lacks one."""
+    config = configuration("fp32-0", "model.kv_heads=2")  # as GPT-2 has it
+    torch.manual_seed(5)
+    plain = model.gpt.GPT(config.model)
+    state = export_state(dict(plain.named_parameters()), config.model, vocab_size=config.model.vocab_size)
+    folder, broken = out / "elsewhere", out / "broken"
+    if dist.get_rank() == 0:
+        for each, weights in ((folder, state), (broken, dict(list(state.items())[1:]))):
+            each.mkdir(parents=True)
+            (each / "config.json").write_text(json.dumps(export_config(config.model, config.attention, vocab_size=config.model.vocab_size, end_of_text=0)))
+            save_file(weights, each / "model.safetensors")
+    dist.barrier()
+    seen = {}
+    for stage in GRID.stages:
+        engine = build_engine(configuration(f"fp32-{stage}", "model.kv_heads=2", f"model.init_from={folder}"))
+        weights = gathered(engine)
+        seen[stage] = all(gather(all(torch.equal(weights[name], parameter.data) for name, parameter in plain.named_parameters())))
+        engine.destroy()
+    try:
+        build_engine(configuration("fp32-3", "model.kv_heads=2", f"model.init_from={broken}"))
+    except UserFault as error:
+        seen["broken"] = str(error)
+    return seen
+
+
+def of_transformers(out: Path) -> dict:
+    """A model of transformers in the place of ours, saved and resumed in one layout, and loaded into another."""
+    asked = [f"model.huggingface={out / 'elsewhere'}", "model.kv_heads=2", "attention.backend=eager", "attention.document_mask=true"]
+    same = saved_and_resumed(configuration("bf16-3", *asked), out, "of-transformers")
+    checkpoint = Checkpoint.read(out / "of-transformers" / "step_00000003")
+    return {"same_layout": same, "bf16-1": resumed(checkpoint, configuration("bf16-1", *asked), out / "converted" / "of-transformers")}
+
+
 def plain_and_zero() -> dict:
     """Plain PyTorch on one process, on the CPU, and each stage, in fp32."""
     stages = {stage: train_all(configuration(f"fp32-{stage}")) for stage in GRID.stages}
@@ -193,7 +246,8 @@ def main() -> None:
     folder = out.parent / "checkpoints"
     seen = {"same_layout": same_layout(folder), "other_layouts": other_layouts(folder), "new_hyperparameters": new_hyperparameters(folder),
             "other_settings": other_settings(folder), "muon": muon(folder),
-            "initial_weights": initial_weights(), "not_finite": not_finite(folder), "plain": plain_and_zero()}
+            "initial_weights": initial_weights(), "elsewhere": weights_from_elsewhere(folder), "of_transformers": of_transformers(folder),
+            "not_finite": not_finite(folder), "plain": plain_and_zero()}
     if dist.get_rank() == 0:
         out.write_text(json.dumps(seen))
     end_process()

@@ -116,6 +116,25 @@ def test_every_stage_on_every_device_starts_from_the_same_weights(seen, grid):
     assert seen["initial_weights"] == {str(stage): True for stage in grid.stages}
 
 
+def test_one_process_alone_reads_the_weights_of_every_layout(seen, grid):
+    for layout, run in (seen["same_layout"] | seen["muon"]["same_layout"]).items():
+        assert run["read_alone"], layout
+
+
+def test_every_stage_starts_from_weights_that_come_from_elsewhere(seen, grid):
+    told = seen["elsewhere"].pop("broken")
+    assert seen["elsewhere"] == {str(stage): True for stage in grid.stages}
+    assert "does not hold the weights that its config.json tells of: weights missing: transformer.wte.weight; unexpected: none" in told
+
+
+def test_a_model_of_transformers_resumes_bit_for_bit_and_loads_into_another_layout(seen):
+    run, other = (seen["of_transformers"][key] for key in ("same_layout", "bf16-1"))
+    assert run["resumed"]["rows"] == run["whole"] and run["resumed"]["hashes"] == run["hashes"] and run["read_alone"]
+    for found, wanted in zip(other["rows"], run["whole"], strict=True):
+        assert found[0] == pytest.approx(wanted[0], rel=WITHIN_BF16_STAGES[0]) and found[1] == pytest.approx(wanted[1], rel=WITHIN_BF16_STAGES[1])
+    assert other["adam_steps"] == [6.0] and other["weight_decays"] == [0.3, 0.0]
+
+
 def test_every_stage_trains_as_plain_pytorch_on_a_cpu(seen, grid):
     plain = seen["plain"]["plain"]
     assert seen["plain"]["stages"].keys() == {str(stage) for stage in grid.stages}

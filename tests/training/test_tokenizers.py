@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from training.corpus import CorpusError, write_corpus
-from training.tokenizers import TOKENIZER_NAMES, GPT2Tokenizer, load_tokenizer
+from training.tokenizers import TOKENIZER_NAMES, GPT2Tokenizer, load_tokenizer, save_for_transformers
 
 ODD_TEXTS = [
     "",
@@ -281,3 +281,21 @@ def test_a_corpus_keeps_the_tokenizer_that_made_it(folders, tmp_path):
     definition.write_bytes(byte_level(prefix=True).to_str().encode())
     with pytest.raises(CorpusError, match="made with another tokenizer"):
         corpus.check_fits(model_vocab_size=512, sequence_length=8)
+
+
+@pytest.mark.parametrize("name", ["bytes", "gpt2", "folder"])
+def test_transformers_reads_the_same_tokenizer(name, tmp_path, request):
+    from transformers import AutoTokenizer
+
+    if name == "folder":
+        (tmp_path / "mine").mkdir()
+        save_for_transformers(load_tokenizer("gpt2"), tmp_path / "mine", model_max_length=64)
+        tokenizer = load_tokenizer(str(tmp_path / "mine"))
+    else:
+        tokenizer = load_tokenizer(name)
+    save_for_transformers(tokenizer, tmp_path, model_max_length=64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "Héllo,  wörld!\n\n\t日本 🙂 <0x41> don't 1234"
+    ids = theirs.encode(text, add_special_tokens=False)
+    assert ids == tokenizer.encode(text).tolist() and theirs.decode(ids) == text
+    assert theirs.eos_token_id == tokenizer.end_of_text and len(theirs) == tokenizer.vocab_size and theirs.model_max_length == 64
