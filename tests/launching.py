@@ -10,12 +10,12 @@ from training.distributed import free_port
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def deepspeed_start(program: str | Path, *arguments: str | Path, processes: int = 2, gpus: bool = False, **environment: str) -> subprocess.Popen:
-    """Start ``deepspeed program arguments`` from the repository's root, in a session of its own, on CPUs unless ``gpus``."""
+def deepspeed_start(program: str | Path, *arguments: str | Path, processes: int = 2, gpus: bool = False, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+    """Start ``deepspeed program arguments`` from the repository's root, or ``cwd``, in a session of its own, on CPUs unless ``gpus``."""
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", processes, "--master_port", free_port(), program, *arguments]
     search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.Popen(
-        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        [str(part) for part in command], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, **({} if gpus else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}), "OMP_NUM_THREADS": "1",
              "PYTHONPATH": search_path, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **environment})
 
