@@ -12,7 +12,8 @@ makes them differ is in scripts/training_peers.py:
     ours                      train.py's engine and step, configured by the file
     zero3_stock               the same GPT with PyTorch's attention under DeepSpeed's ZeRO-3 as it comes
     zero3_deepcompile         the same, compiled by DeepSpeed's DeepCompile
-    huggingface_zero3         GPT-2 or Llama of transformers under the same; left out where that is not installed
+    huggingface_zero3         GPT-2 or Llama of transformers, with SDPA, under the same; left out where that is not installed
+    huggingface_zero3_ours    the same with our attention: model.huggingface, by the file's attention.backend
     fsdp2_compile             the same GPT under FSDP2, blocks and loss compiled, cuDNN's attention; blocks are gathered again for backward
     fsdp2_compile_no_reshard  the same, blocks stay gathered from the forward to the backward pass
 
@@ -73,7 +74,7 @@ from training.distributed import end_process, free_port, gather, join_process_gr
 from training.files import write_atomically  # noqa: E402
 from training.tracking import collect_environment, to_json  # noqa: E402
 
-CONTENDERS = ("ours", "zero3_stock", "zero3_deepcompile", "huggingface_zero3", "fsdp2_compile", "fsdp2_compile_no_reshard")
+CONTENDERS = ("ours", "zero3_stock", "zero3_deepcompile", "huggingface_zero3", "huggingface_zero3_ours", "fsdp2_compile", "fsdp2_compile_no_reshard")
 # What peers have no part of, or not the same: a comparison holds where the configuration says so.
 COMPARABLE = {
     "zero.stage": (3,), "zero.offload_optimizer": ("none",), "zero.offload_parameters": ("none",), "optimizer.name": ("adamw",),
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     result = {
         "environment": collect_environment() | {"transformers": _version("transformers")}, "device": options.device, "gpus": options.gpus,
-        "steps": options.steps, "warmup": options.warmup, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "summary": {}, "rows": [],
+        "steps": options.steps, "warmup": options.warmup, "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF"), "summary": {}, "attention_in_huggingface": {}, "rows": [],
     }  # fmt: skip
     for case in options.configs:
         for contender in options.contenders:
@@ -201,7 +202,7 @@ def candidates(case: str, options: argparse.Namespace) -> list[int]:
 def run_contender(case: str, contender: str, options: argparse.Namespace, folder: Path) -> dict:
     """Its row: the fastest of its trials, or why there is none."""
     row = {"config": case, "contender": contender}
-    if contender == "huggingface_zero3" and importlib.util.find_spec("transformers") is None:
+    if contender.startswith("huggingface") and importlib.util.find_spec("transformers") is None:
         return row | {"left_out": "the package transformers is not installed"}
     trials, reason = launch_until_done(request(own_case(case, contender), contender, candidates(case, options), options), folder)
     return row | best_row(trials, reason)
@@ -514,6 +515,7 @@ def profile(step: Callable[[int], object], trace: Path) -> None:
 
 def write(out: Path, result: dict) -> None:
     result["summary"] = ratios(result["rows"])
+    result["attention_in_huggingface"] = attention_in_huggingface(result["rows"])
     write_atomically(out, to_json(result, indent=1) + "\n")
 
 
@@ -525,6 +527,18 @@ def ratios(rows: list[dict]) -> dict[str, dict[str, float]]:
             speeds.setdefault(row["config"], {})[row["contender"]] = row["tokens_per_second_per_gpu"]
     return {case: {peer: found["ours"] / speed for peer, speed in found.items() if peer != "ours"}
             for case, found in speeds.items() if "ours" in found}
+
+
+def attention_in_huggingface(rows: list[dict]) -> dict[str, dict[str, dict[str, float]]]:
+    """Case -> contender -> Hugging Face's step with our attention against that with SDPA."""
+    done: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        if "micro_batch" in row:
+            done.setdefault(row["config"], {})[row["contender"]] = row
+    return {case: {name: {"times_as_fast": row["tokens_per_second_per_gpu"] / found["huggingface_zero3"]["tokens_per_second_per_gpu"],
+                          "times_the_memory": row["allocated_gb"] / found["huggingface_zero3"]["allocated_gb"]}
+                   for name, row in found.items() if name.startswith("huggingface_zero3_ours")}
+            for case, found in done.items() if "huggingface_zero3" in found}
 
 
 def line(row: dict) -> str:
@@ -549,6 +563,8 @@ def table(result: dict) -> str:
                      f"{row['allocated_gb']:.1f}", "" if row["reserved_gb"] is None else f"{row['reserved_gb']:.1f}",
                      "" if ratio is None else f"{ratio:.3f}"]
             lines.append(f"| {' | '.join(cells)} |")
+        for name, times in result["attention_in_huggingface"].get(case, {}).items():
+            lines += ["", f"{name}: {times['times_as_fast']:.3f} times as many tokens a second as huggingface_zero3, {times['times_the_memory']:.3f} times its memory"]
         lines += [""] + [f"{row['contender']}: left out: {row['left_out']}" if "left_out" in row else
                          f"{row['contender']}: gathers {row['gathered']} ({row['made_of']}; sums in {row['reduce_dtype']})" for row in rows]
         lines += [f"{row['contender']}: its search broke off: {row['search_broke_off']}" for row in rows if "search_broke_off" in row]

@@ -89,16 +89,20 @@ def zero3_deepcompile(config: Config) -> Trainer:
     return zero3_stock(config, deepcompile=True)
 
 
-def huggingface_zero3(config: Config) -> Trainer:
-    """The model of transformers with this geometry; eager, SDPA, its own loss."""
+def huggingface_zero3(config: Config, *, our_attention: bool = False) -> Trainer:
+    """The model of transformers with this geometry; eager, its own loss; SDPA, or this configuration's attention.backend."""
     torch.manual_seed(config.run.seed)
     model = huggingface_model(config)
+    if our_attention:
+        from model.huggingface import attention_name
+
+        model.set_attn_implementation(attention_name(config.attention.backend))
     if config.train.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     # It shifts the labels itself, and so drops the last of each sequence.
     return zero3_trainer(model, config, lambda engine, tokens, labels: engine(input_ids=tokens, labels=tokens, use_cache=False).loss,
-                         f"transformers' {type(model).__name__}, eager, SDPA")
+                         f"transformers' {type(model).__name__}, eager, {f'attention.backend={config.attention.backend}' if our_attention else 'SDPA'}")
 
 
 def zero3_trainer(model: nn.Module, config: Config, loss_of: Callable, made_of: str, *, deepcompile: bool = False) -> Trainer:
@@ -264,6 +268,7 @@ CONTENDERS: dict[str, Callable[[Config], Trainer]] = {
     "zero3_stock": zero3_stock,
     "zero3_deepcompile": zero3_deepcompile,
     "huggingface_zero3": huggingface_zero3,
+    "huggingface_zero3_ours": partial(huggingface_zero3, our_attention=True),
     "fsdp2_compile": partial(fsdp2_compile, reshard_after_forward=True),
     "fsdp2_compile_no_reshard": partial(fsdp2_compile, reshard_after_forward=False),
 }

@@ -122,6 +122,17 @@ def test_a_micro_batch_out_of_memory_does_not_end_the_search(tmp_path, tiny, mon
     assert [row["first_loss"], row["last_loss"]] == pytest.approx(plain_losses(case, 2, monkeypatch), abs=1e-4)
 
 
+def test_hugging_face_with_our_attention_is_held_against_hugging_face_with_sdpa():
+    def row(contender, speed, memory, case="a"):
+        return {"config": case, "contender": contender, "micro_batch": 4, "tokens_per_second_per_gpu": speed, "allocated_gb": memory}
+
+    rows = [row("huggingface_zero3", 100.0, 8.0), row("huggingface_zero3_ours", 125.0, 6.0), row("huggingface_zero3_ours,attention.backend=triton", 50.0, 8.0),
+            row("huggingface_zero3_ours", 1.0, 1.0, case="b"), {"config": "b", "contender": "huggingface_zero3", "left_out": "failed"}]  # fmt: skip
+    assert benchmark.attention_in_huggingface(rows) == {"a": {
+        "huggingface_zero3_ours": {"times_as_fast": 1.25, "times_the_memory": 0.75},
+        "huggingface_zero3_ours,attention.backend=triton": {"times_as_fast": 0.5, "times_the_memory": 1.0}}}
+
+
 def test_the_search_goes_down_to_what_fits_and_on_while_it_is_faster():
     def found(speeds: dict[int, float], fits: int) -> list[int]:
         def attempt(micro: int) -> dict:
