@@ -13,6 +13,8 @@ from pathlib import Path
 PROFILED = "profiled steps"  # the span around all of them, which ends when the GPU has done
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 TOP = 20
+# As PyTorch writes them at NCCL's kernels.
+BYTES = {"BFloat16": 2, "Half": 2, "Float": 4, "Double": 8, "Long": 8, "Int": 4, "Byte": 1, "Char": 1, "Bool": 1}
 
 Interval = tuple[float, float]  # begin and end in microseconds
 
@@ -51,6 +53,7 @@ def summarise(events: list[dict], steps: int) -> dict:
     Returns:
         device_busy_share: a kernel or a copy is running; None without a GPU, as are those of communication.
         communication_ms, communication_hidden_share: NCCL's kernels, and how much of their time other kernels run too.
+        communicated_gb: by collective, a rank's larger side of each call: what all-gathers give, what reduce-scatters take.
         host_working_ms, host_waiting_ms: outside and inside of calls that wait for the GPU (cuda...Synchronize, on any thread).
         launches: kernels a step. top: the kernels that take most, by name.
     """
@@ -74,6 +77,7 @@ def summarise(events: list[dict], steps: int) -> dict:
         "device_busy_share": length(list(map(_interval, on_gpu))) / (end - begin) if on_gpu else None,
         "communication_ms": a_step(length(communication)) if on_gpu else None,
         "communication_hidden_share": common(communication, computing) / length(communication) if communication else None,
+        "communicated_gb": _communicated(kernels, steps),
         "host_working_ms": a_step(end - begin - waiting),
         "host_waiting_ms": a_step(waiting),
         "launches": len(kernels) / steps,
@@ -87,6 +91,15 @@ def _interval(event: dict) -> Interval:
 
 def _is_communication(name: str) -> bool:
     return "nccl" in name.lower()
+
+
+def _communicated(kernels: list[dict], steps: int) -> dict[str, float]:
+    volume = defaultdict(float)
+    for told in (kernel.get("args", {}) for kernel in kernels):
+        if "Collective name" in told:
+            elements = max(told["In msg nelems"], told["Out msg nelems"])
+            volume[told["Collective name"]] += elements * BYTES.get(told["dtype"], float("nan")) / 1e9 / steps
+    return dict(volume)
 
 
 def _top(kernels: list[dict], steps: int) -> list[dict]:
@@ -105,10 +118,11 @@ def report(summary: dict) -> str:
 
     communication = "none" if summary["communication_hidden_share"] is None else (
         f"{summary['communication_ms']:.2f} ms a step, {share(summary['communication_hidden_share'])} of it while other kernels run")
+    volume = "".join(f"; {name} {gb:.3f} GB" for name, gb in summary["communicated_gb"].items())
     lines = [
         f"wall-clock     {summary['wall_ms']:.2f} ms a step, profiled",
         f"device busy    {share(summary['device_busy_share'])}",
-        f"communication  {communication}",
+        f"communication  {communication}{volume}",
         f"host           {summary['host_working_ms']:.2f} ms a step at work, {summary['host_waiting_ms']:.2f} ms waiting for the GPU; "
         f"{summary['launches']:,.0f} kernels a step",
     ]

@@ -391,8 +391,8 @@ def _choose_compile(config: Config, backend: str, on_gpu: bool) -> tuple[bool, s
         return False, "model.huggingface: what is compiled are the blocks of the project's own GPT"
     if config.attention.deterministic:
         return False, "attention.deterministic: what is compiled may add up in another order after another start"
-    if backend == "flash_attn":
-        return False, "attention.backend: flash_attn, which torch.compile cannot see through in every version"
+    if backend in ("flex", "flash_attn"):
+        return False, f"attention.backend: {backend}, with which it has not been tried on a GPU"
     return True, "on a GPU fewer and larger kernels; the first step takes a minute, a later start's less"
 
 

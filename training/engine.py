@@ -94,7 +94,8 @@ def check_machine(config: Config) -> str | None:
     """
     compiler = os.environ.get("CXX", "c++")
     if config.train.compile and not torch.cuda.is_available() and shutil.which(compiler) is None:
-        raise UserFault(f"train.compile=true: on a CPU it takes a C++ compiler, and there is none ({compiler}); install one (apt-get install g++), or use false")
+        raise UserFault(f"train.compile=true: on a CPU it takes a C++ compiler, and there is none ({compiler}); "
+                        "install one (apt-get install g++), or use false")
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserFault("train.precision=fp16: DeepSpeed trains in it on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32")
     if config.zero.offload_optimizer == "none":

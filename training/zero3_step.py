@@ -35,7 +35,7 @@ def scatter_at_once(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
         pieces = [math.ceil(length / world) for length in lengths]  # DeepSpeed's
         device = parameters[0].grad.device
         everyones = torch.empty(world, sum(pieces), dtype=dtype, device=device)
-        torch._chunk_cat([p.grad.view(-1) for p in parameters], 0, world, out=everyones)
+        torch._chunk_cat([p.grad.reshape(-1) for p in parameters], 0, world, out=everyones)
         mine = torch.empty(sum(pieces), dtype=dtype, device=device)
         dist.reduce_scatter_tensor(mine, everyones.view(-1), group=group)
         mine = mine.to(zero.gradient_accumulation_dtype).div_(world)

@@ -266,7 +266,9 @@ def test_a_profile_by_hand():
     events = [
         event(PROFILED, 1000, 10000, "user_annotation"), event(PROFILED, 900, 9000, "gpu_user_annotation"),
         {"ph": "M", "name": "process_name"}, event("gemm", 1000, 4000), event("gemm", 6000, 2000),
-        event("ncclDevKernel_AllGather", 4000, 3000), event("Memcpy DtoH", 9000, 500, "gpu_memcpy"), event("warm-up", 0, 500),
+        event("ncclDevKernel_AllGather", 4000, 3000)
+        | {"args": {"Collective name": "_allgather_base", "In msg nelems": 10**9, "Out msg nelems": 2 * 10**9, "dtype": "BFloat16"}},
+        event("Memcpy DtoH", 9000, 500, "gpu_memcpy"), event("warm-up", 0, 500),
         event("cudaLaunchKernel", 1000, 10, "cuda_runtime"),
         event("cudaStreamSynchronize", 5000, 1000, "cuda_runtime"), event("cudaDeviceSynchronize", 8000, 3000, "cuda_runtime"),
         event("aten::mm", 1000, 50, "cpu_op"),
@@ -275,6 +277,7 @@ def test_a_profile_by_hand():
     assert told["wall_ms"] == 5 and told["device_busy_share"] == 0.75  # 1 to 8 and 9 to 9.5 of 10
     # Products from 1 to 5 and 6 to 8, NCCL from 4 to 7: it shares 4 to 5 and 6 to 7.
     assert told["communication_ms"] == 1.5 and told["communication_hidden_share"] == pytest.approx(2 / 3)
+    assert told["communicated_gb"] == {"_allgather_base": 2.0} and "_allgather_base 2.000 GB" in report(told)
     assert told["host_waiting_ms"] == 2 and told["host_working_ms"] == 3 and told["launches"] == 1.5
     assert told["top"] == [{"name": "gemm", "ms": 3.0, "calls": 1.0}, {"name": "ncclDevKernel_AllGather", "ms": 1.5, "calls": 0.5}]
     assert "66.7% of it while other kernels run" in report(told) and "75.0%" in report(told)

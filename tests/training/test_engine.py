@@ -13,6 +13,9 @@ def test_the_compilation_of_cpu_adam_is_announced_with_its_time(monkeypatch, tmp
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserFault, match=r"there is no C\+\+ compiler \(no-such-compiler\); install one .* or use zero.offload_optimizer=none"):
         check_machine(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserFault, match=r"train.compile=true: on a CPU .* there is none \(no-such-compiler\); install one .* or use false"):
+        check_machine(load_config("configs/base.yaml", ["train.compile=true"])[0])
     (tmp_path / "cpu_adam").mkdir(exist_ok=True)
     (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
     assert check_machine(config) is None, "it was compiled before"

@@ -36,7 +36,8 @@ from training.tokenizers import load_tokenizer
 STEPS = 3
 TINY = [
     "model.layers=2", "model.hidden_size=32", "model.heads=2", "model.kv_heads=1", "model.vocab_size=264", "model.sequence_length=32",
-    "train.global_batch_size=8", "train.precision=fp32", "attention.backend=eager", "optimizer.warmup_steps=0", f"train.steps={STEPS}",
+    "train.global_batch_size=8", "train.precision=fp32", "train.compile=false", "attention.backend=eager", "optimizer.warmup_steps=0",
+    f"train.steps={STEPS}",
 ]
 END_OF_TEXT = 256
 FEATURES = ["model.positions=alibi", "attention.window=20", "attention.document_mask=true"]
@@ -218,7 +219,7 @@ def muon() -> dict:
 def on_a_gpu() -> dict:
     """Losses and peak memory of each checkpointing mode, with offload and without, in bf16 and fp16, in a model whose activations count."""
     cells = {}
-    big = ["train.compile=false", "model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
+    big = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
     for mode, parameters in itertools.product(CHECKPOINTING, ("none", "cpu")):
         for precision in ("bf16", "fp16"):
             torch.nn.functional.linear = LINEAR
