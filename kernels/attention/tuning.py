@@ -66,7 +66,8 @@ _HALF_WITH_SCORE_FEATURES = {
     "sm_90": {"dkdv": {128: Tile(32, 128, 8, 3)}},
 }
 _HALF_WITH_SCORE_FEATURES["sm_100"] = _HALF_WITH_SCORE_FEATURES["sm_90"]
-# Under windows and documents most tiles of fewer queries are seen whole, and need no mask: 1.39 and 1.13 times as fast (16384 tokens, window 1024).
+# Under windows and documents most tiles of fewer queries are seen whole, and need no mask: 1.39 and 1.13 times as fast
+# at head_dim 64 and 128 (16384 tokens, window 1024: docs/results/tiles_windows-h200.json).
 _HALF_BOUNDED = {
     "sm_90": {
         "forward": {16: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)},
