@@ -48,8 +48,8 @@ LAST_STEPS = (81, 100)
 # Settings that may change the losses by rounding alone; every other one that differs from the reference's is told.
 ROUNDING_ONLY = (
     "run.name", "run.output_dir", "attention.backend", "data.corpus", "train.micro_batch_size", "train.gradient_accumulation_steps",
-    "train.precision", "train.activation_checkpointing", "train.stop_after_skipped", "zero.", "checkpoint.", "eval.every", "sample.",
-    "tracking.",
+    "train.precision", "train.compile", "train.activation_checkpointing", "train.stop_after_skipped", "zero.", "checkpoint.", "eval.every",
+    "sample.", "tracking.",
 )  # fmt: skip
 
 # What the bounds were found with: processes and overrides beside configs/convergence.yaml. Each changes rounding and nothing else.
