@@ -60,7 +60,10 @@ def main() -> None:
             if ranks.rank == 0:
                 print(yaml.safe_dump(config.model_dump(), sort_keys=False), end="")
             return
-        train(config, notes, ranks, verbose=arguments.verbose)
+        from training.memory import out_of_memory_explained
+
+        with out_of_memory_explained(config, ranks.world):
+            train(config, notes, ranks, verbose=arguments.verbose)
 
 
 def dry_run(arguments: argparse.Namespace, *, processes: int) -> str:
@@ -79,6 +82,7 @@ def dry_run(arguments: argparse.Namespace, *, processes: int) -> str:
     config, notes = load_config(arguments.config, arguments.overrides, world_size=gpus, assumed_gpu=compute_capability(name))
     with output_to(None if arguments.verbose else Path(os.devnull)):
         from training.engine import deepspeed_config
+        from training.memory import summary
         from training.metering import Meter
 
         meter, told = Meter(config, gpus, device_name=name), deepspeed_config(config)
@@ -96,6 +100,7 @@ def dry_run(arguments: argparse.Namespace, *, processes: int) -> str:
         f"time   at an assumed MFU of {mfu:.3g}: {speed / meter.flops_per_token:,.0f} tokens/s/GPU, "
         f"{meter.flops_per_token * meter.tokens_per_step / (speed * gpus):.3g} s a step, {short(flops / (speed * gpus) / 3600)} hours, "
         f"{short(flops / speed / 3600)} GPU hours; evaluation, checkpoints and the start come on top",
+        *summary(config, gpus, name),
         "DeepSpeed is told:", *(f"  {line}" for line in yaml.safe_dump(told, sort_keys=False).splitlines()), ""])
 
 

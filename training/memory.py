@@ -1,0 +1,461 @@
+"""What a run needs: peak memory of a GPU by part, the host's memory with offload, and what would lower it; before any GPU is touched.
+
+DeepSpeed's share is that of version 0.19.8, read from its source and followed allocation by allocation on CPUs; docs/memory.md derives it, and
+has predictions beside measured peaks. P parameters, N processes, e bytes an element of the model.
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from math import ceil
+
+import torch
+
+from model.checkpointing import Checkpointing
+from model.config import GPTConfig
+from model.gpt import GPT, hidden_layers
+from training.activations import (
+    FP32,
+    Shape,
+    block_backward,
+    STANDARD,
+    block_keeps,
+    checkpoint_keeps,
+    eager_forward,
+    loss_backward,
+    loss_forward,
+)
+from training.compositions import faults
+from training.config import Config
+from training.distributed import LoneFault
+
+GIB = 2**30
+BLOCK = 512  # bytes: sizes are multiples of it in the allocator of PyTorch
+# DeepSpeed's defaults that no key of ours sets, in elements.
+MAX_REUSE_DISTANCE = 1_000_000_000  # stage 3: a parameter used again within so many stays gathered
+SUB_GROUP_SIZE = 1_000_000_000  # stage 3: stepped at once
+ALLREDUCE_BUCKET = 500_000_000  # stages 0, and 1 in bf16
+NORM_BYTES = 8  # norms are taken in float64, a parameter at a time
+CUBLAS_WORKSPACE = 32 << 20  # what PyTorch reserves for cuBLAS on compute capability 9.0, the most of all
+CONTEXT = 0.07  # share of a GPU's memory that the CUDA context, NCCL's buffers and the allocator's gaps take
+
+
+# Device name as in training.flops -> GiB of memory, by the same documents; NVIDIA's GB of a board are GiB, but for a percent.
+_MEMORY = (
+    (r"A100-(SXM4|PCIE)-40GB", 40), (r"A100-(SXM4|PCIE)-80GB|A100 80GB PCIe", 80), (r"A30|A10|A10G|L4|RTX 3090|RTX 4090", 24), (r"RTX 5090", 32),
+    (r"A40|RTX A6000|L40|L40S|RTX 6000 Ada Generation", 48), (r"H100 (80GB HBM3|PCIe)", 80), (r"H100 NVL", 94), (r"H200( NVL)?", 141),
+    (r"GH200 (120|480)GB", 96), (r"GH200 144G HBM3e", 144), (r"G?B200", 180),
+)  # fmt: skip
+
+
+def capacity(device_name: str) -> int | None:
+    """Bytes that a run can have of a GPU, CONTEXT aside; None where the device is not known."""
+    plain = re.sub(r"^(NVIDIA )?(GeForce )?", "", device_name.strip())
+    found = next((gib for pattern, gib in _MEMORY if re.fullmatch(pattern, plain)), None)
+    return None if found is None else int(found * GIB * (1 - CONTEXT))
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Elements of the model's parameters.
+
+    outside: of each parameter in no block; head: of the output projection, one of them; block: of each of one block's; matrices: of all blocks'.
+    """
+
+    layers: int
+    outside: tuple[int, ...]
+    head: int
+    block: tuple[int, ...]
+    matrices: int
+
+    @classmethod
+    def of(cls, config: GPTConfig) -> "Parameters":
+        with torch.device("meta"):
+            model = GPT(config.model_copy(update={"layers": 1}))
+        block = tuple(p.numel() for p in model.blocks[0].parameters())
+        matrices = config.layers * sum(layer.weight.numel() for layer in hidden_layers(model))
+        inside = {id(p) for p in model.blocks.parameters()}
+        outside = tuple(p.numel() for p in model.parameters() if id(p) not in inside)
+        return cls(config.layers, outside, model.head.weight.numel(), block, matrices)
+
+    @property
+    def each(self) -> list[int]:
+        return [*self.outside, *self.block * self.layers]
+
+    @property
+    def total(self) -> int:
+        return sum(self.each)
+
+    @property
+    def largest(self) -> int:
+        return max(self.each)
+
+    def shard(self, processes: int) -> int:
+        """Elements of one process's share when every parameter is cut, and padded, on its own (stage 3)."""
+        return sum(ceil(n / processes) for n in self.each)
+
+    def kept_gathered(self) -> int:
+        """Elements that stage 3 has gathered between the forward and the backward pass: those used again within MAX_REUSE_DISTANCE.
+
+        Seen from a block's end, what follows is the rest of the forward pass; then comes the whole model's own place in DeepSpeed's trace, which
+        counts for all parameters. Embeddings and head are found to be used again before any distance is counted.
+        """
+        block, after, blocks = sum(self.block), self.head, 0
+        while blocks < self.layers and after < MAX_REUSE_DISTANCE:
+            blocks, after = blocks + 1, after + block
+        return sum(self.outside) + blocks * block
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of a training step: its name, and bytes on the GPU by part."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one GPU at the moments that can be the peak, and on the host by part, for one process."""
+
+    moments: tuple[Moment, ...]
+    host: dict[str, int]
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.bytes)
+
+
+@dataclass(frozen=True)
+class _States:
+    """What DeepSpeed holds, in bytes by part.
+
+    always: on the GPU. backward, step: beside it in those. reduction: copies for one. host: always.
+    waiting: of a block's gradients until they are in a bucket. whole_gradients: whether all blocks' wait, to the end of the backward pass.
+    sums: in the backward pass from the first reduction on.
+    """
+
+    always: dict[str, int]
+    waiting: int
+    reduction: int
+    step: dict[str, int]
+    backward: dict[str, int] = field(default_factory=dict)
+    host: dict[str, int] = field(default_factory=dict)
+    whole_gradients: bool = False
+    sums: int = 0
+
+
+def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPACE) -> Estimate:
+    """Peak memory of a step on each of so many GPUs, for a resolved configuration.
+
+    workspace: bytes that libraries reserve through PyTorch's allocator.
+    """
+    e = element_size(config)
+    shape = Shape(config.model, config.attention, config.train.micro_batch_size, e)
+    parameters = _parameters(config.model.model_dump_json())
+    states = _states(config, parameters, processes)
+    kept, recomputed = _activations(config, shape)
+    always = states.always | {"workspace": workspace, "batch": 2 * 8 * shape.tokens * config.train.gradient_accumulation_steps}
+    head_gradient = e * parameters.head  # tied, it waits for the embedding's share
+    layers = config.model.layers
+
+    def moment(name: str, *more: dict[str, int]) -> Moment:
+        parts: dict[str, int] = {}
+        for some in (always, *more):
+            for part, size in some.items():
+                parts[part] = parts.get(part, 0) + size
+        return Moment(name, parts)
+
+    moments = [
+        moment("loss", {"activations": sum(kept)}, _named(loss_forward(shape))),
+        moment("gradient of the loss", {"activations": sum(kept)}, _named(loss_backward(shape))),
+        moment("optimizer step", states.step),
+    ]
+    for i in range(layers):
+        before = sum(kept[:i])
+        which = f"of block {i + 1} of {layers}"
+        gradients = {"gradients": head_gradient + states.waiting * (layers - i if states.whole_gradients else 1)}
+        backward = {"activations": before + kept[i], "recomputed activations": recomputed[i], "gradients of activations": block_backward(shape)}
+        done = sum(parameters.block) * (layers - i) + (0 if config.model.tied_embeddings else parameters.head)
+        # What a process keeps of the sums is allocated with the first reduction, and that takes place when a bucket is full.
+        sums = {"gradients": states.sums if done > config.zero.reduce_bucket_size else 0}
+        within = {"buckets": states.reduction if sums["gradients"] else 0}  # in the midst of a block, a parameter at a time
+        moments.append(moment(f"backward pass {which}", states.backward, sums, within, gradients, backward))
+        if config.attention.backend == STANDARD:
+            moments.append(moment(f"forward pass {which}", {"activations": before, "attention's scores": eager_forward(shape)}))
+        if config.zero.stage == 3 or states.whole_gradients and i == 0:
+            reduction = {"activations": before, "buckets": states.reduction}
+            moments.append(moment(f"reduction of gradients {which}", states.backward, sums, gradients, reduction))
+    return Estimate(tuple(moments), states.host | _host_activations(config, shape))
+
+
+@cache
+def _parameters(model: str) -> Parameters:
+    return Parameters.of(GPTConfig.model_validate_json(model))
+
+
+def _named(parts: dict[str, int]) -> dict[str, int]:
+    return {{"final norm": "activations", "logits": "logits"}.get(part, part): size for part, size in parts.items()}
+
+
+def element_size(config: Config) -> int:
+    """Bytes of an element of the model's parameters and activations."""
+    return FP32 if config.train.precision == "fp32" else 2
+
+
+def _checkpointing(config: Config) -> Checkpointing:
+    train = config.train
+    return Checkpointing(train.activation_checkpointing, every=train.checkpoint_every or 1, keep_matmuls=train.keep_matmuls)
+
+
+def _activations(config: Config, shape: Shape) -> tuple[list[int], list[int]]:
+    """(bytes that each block keeps from the forward pass, bytes that are there in addition once it is computed again)."""
+    checkpointing, all_of_it = _checkpointing(config), sum(block_keeps(shape).values())
+    some = sum(checkpoint_keeps(shape, checkpointing).values())
+    moved = _moves_inputs(config)
+    kept, recomputed = [], []
+    for i in range(config.model.layers):
+        if not checkpointing.includes(i):
+            kept.append(all_of_it)
+            recomputed.append(0)
+        else:
+            kept.append(0 if moved and i < config.model.layers - 1 else some)
+            recomputed.append(all_of_it - kept[-1])
+    return kept, recomputed
+
+
+def _moves_inputs(config: Config) -> bool:
+    return config.train.activation_checkpointing == "deepspeed" and config.train.cpu_checkpointing
+
+
+def _host_activations(config: Config, shape: Shape) -> dict[str, int]:
+    """Block inputs in pinned memory, whose allocator rounds up to powers of two."""
+    if not _moves_inputs(config):
+        return {}
+    return {"block inputs": (config.model.layers - 1) * 2 ** (shape.stream - 1).bit_length()}
+
+
+# --- DeepSpeed's share, stage by stage --------------------------------------------------------------------------------
+
+
+def _states(config: Config, parameters: Parameters, processes: int) -> _States:
+    stage, bf16 = config.zero.stage, config.train.precision == "bf16"
+    if stage == 0:
+        return _stage_0(config, parameters, processes)
+    if stage == 1 and bf16 and not config.train.bf16_states and config.zero.offload_optimizer == "none":
+        return _bf16_optimizer(config, parameters, processes)  # DeepSpeed's for this case alone
+    return (_stage_3 if stage == 3 else _stage_1_and_2)(config, parameters, processes)
+
+
+def _moments(config: Config, parameters: Parameters, share: int, size: int) -> int:
+    """Bytes of the optimizer's moments for a share of the parameters, ``size`` bytes a number: AdamW has two, Muon one."""
+    return 2 * size * share - (size * share * parameters.matrices // parameters.total if config.optimizer.name == "muon" else 0)
+
+
+def _muon_step(config: Config, parameters: Parameters, share: int) -> int:
+    """Bytes of Muon's direction in float32 and of what is orthogonalised, for a share of the parameters; 0 for AdamW."""
+    if config.optimizer.name != "muon":
+        return 0
+    return (FP32 + element_size(config)) * share * parameters.matrices // parameters.total
+
+
+def _stage_0(config: Config, parameters: Parameters, processes: int) -> _States:
+    """Everything whole on every GPU. In bf16 the gradients are cast to float32 for the reduction, and once more for the step."""
+    e, p = element_size(config), parameters.total
+    at_once = min(p, ALLREDUCE_BUCKET) if processes > 1 else 0
+    cast = FP32 if e != FP32 and config.zero.reduce_dtype == "fp32" else 0
+    master = 0 if e == FP32 else FP32 * p
+    always = {"parameters": e * p, "optimizer states": master + _moments(config, parameters, p, FP32)}
+    return _States(always, e * sum(parameters.block), at_once * (e + cast), {"gradients": e * p + master, "workspace": _muon_step(config, parameters, p)}, whole_gradients=True)
+
+
+def _bf16_optimizer(config: Config, parameters: Parameters, processes: int) -> _States:
+    """Stage 1 in bf16: sums of the gradients in float32 for all parameters; their reduction copies them."""
+    p, share = parameters.total, ceil(parameters.total / processes)
+    at_once = min(p, ALLREDUCE_BUCKET) if processes > 1 else 0
+    reduction = at_once * (FP32 + (2 if config.zero.reduce_dtype == "bf16" else 0))
+    always = {"parameters": 2 * p, "gradients": FP32 * p, "optimizer states": FP32 * share + _moments(config, parameters, share, FP32)}
+    waiting, step = 2 * sum(parameters.block), {"gradients": 2 * p, "workspace": _muon_step(config, parameters, share)}
+    if config.train.gradient_accumulation_steps > 1:  # those of the micro batch before stay, and are added to
+        always["gradients"] += 2 * p
+        waiting, step["gradients"] = 0, 0
+    return _States(always, waiting, reduction, step, whole_gradients=True)
+
+
+def _stage_1_and_2(config: Config, parameters: Parameters, processes: int) -> _States:
+    """Two buckets while gradients come; this process's share of the sums until the step; flat copies of parameters from the start."""
+    e, p, share = element_size(config), parameters.total, ceil(parameters.total / processes)
+    state = 2 if config.train.bf16_states else FP32
+    staged = FP32 if config.zero.stage == 1 and e != state else e  # stage 1 collects gradients in the dtype of their sums
+    bucket = config.zero.reduce_bucket_size
+    buckets = 2 * staged * bucket
+    cast = FP32 if staged != FP32 and config.zero.reduce_dtype == "fp32" else 0
+    reduction = min(bucket, p) * (staged + cast)
+    sums = state * share
+    norm = NORM_BYTES * min(parameters.largest, share)
+    step = {"gradients": sums + (sums if e == state else 0), "workspace": max(0 if e == state else norm, _muon_step(config, parameters, share))}
+    if config.zero.stage == 1 and e != state:
+        step["buckets"] = buckets
+    states = state * share + _moments(config, parameters, share, state)
+    backward, waiting = {"buckets": buckets}, staged * max(parameters.block)  # each is put into the bucket as it comes
+    if config.zero.offload_optimizer == "none":
+        return _States({"parameters": e * p, "optimizer states": states}, waiting, reduction, step, backward, sums=sums)
+    always = {"parameters": e * p, "buckets": e * parameters.largest}
+    host = {"optimizer states": states, "gradients": sums, "buckets": e * (share + parameters.largest)}
+    return _States(always, waiting, reduction, step | {"workspace": 0}, backward, host, sums=sums)
+
+
+def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
+    """Shares of parameters, of sums and of states, each parameter cut on its own; parameters that stay gathered; a bucket of reduce_dtype.
+
+    A parameter larger than the bucket is reduced by itself, in a copy. One process gathers nothing, unless its parameters wait on the host.
+    """
+    e, zero = element_size(config), config.zero
+    state = 2 if config.train.bf16_states else FP32
+    communicated = 2 if zero.reduce_dtype == "bf16" else FP32
+    share = parameters.shard(processes)
+    offload, waiting = zero.offload_optimizer == "cpu", zero.offload_parameters == "cpu"
+    gathered = e * parameters.kept_gathered() if processes > 1 or waiting else 0
+    large = [n for n in parameters.each if n > zero.reduce_bucket_size]
+    collected = min(zero.reduce_bucket_size, parameters.total)
+    reduction = max(communicated * collected, (communicated if communicated != e else 0) * max(large, default=0))
+    sub_group = min(share, SUB_GROUP_SIZE)
+    always = {"buckets": communicated * zero.reduce_bucket_size, "gathered parameters": gathered}
+    on_device = {"optimizer states": state * share + _moments(config, parameters, share, state), "gradients": state * share}
+    here, host = ({}, on_device | {"gradients": 2 * state * share}) if offload else (on_device, {})
+    (host if waiting else here)["parameters"] = e * share
+    norm = NORM_BYTES * ceil(parameters.largest / processes)
+    step = {} if offload else {"gradients": max(state * sub_group, norm), "workspace": _muon_step(config, parameters, share)}
+    # Gathered parameters are let go before the step, all but the small ones.
+    small = e * sum(n for n in parameters.each if n < zero.persistence_threshold) if gathered else 0
+    step["gathered parameters"] = small - gathered
+    return _States(always | here, e * sum(parameters.block), reduction, step, host=host)
+
+
+# --- What fits, and what would help -----------------------------------------------------------------------------------
+
+FIXED = ("parameters", "gradients", "optimizer states", "gathered parameters", "buckets", "workspace", "batch")  # whatever the batch
+
+
+def changed(config: Config, settings: dict[str, object]) -> Config:
+    """A resolved configuration with other values, by ``section.key``."""
+    for key, value in settings.items():
+        section, name = key.split(".")
+        config = config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
+    return config
+
+
+def _changes(config: Config) -> list[dict[str, object]]:
+    """Settings that can lower the peak and leave the loss as it is, but for the last, which costs some (docs/modes.md)."""
+    micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
+    found: list[dict[str, object]] = [{"train.activation_checkpointing": mode} for mode in ("selective", "full", "deepspeed")]
+    if config.attention.backend == STANDARD:
+        found.append({"attention.backend": "auto"})
+    if micro % 2 == 0:
+        found.append({"train.micro_batch_size": micro // 2, "train.gradient_accumulation_steps": accumulation * 2})
+    found += [{"zero.stage": stage} for stage in range(config.zero.stage + 1, 4)]
+    found += [{"zero.offload_optimizer": "cpu"}, {"zero.offload_optimizer": "cpu", "zero.offload_parameters": "cpu"}]
+    found += [{"zero.reduce_bucket_size": config.zero.reduce_bucket_size // 5}, {"zero.reduce_dtype": "bf16"}, {"train.bf16_states": True}]
+    return found
+
+
+def savings(config: Config, processes: int) -> list[tuple[dict[str, object], int]]:
+    """(settings, bytes that they take from the peak), the most first: of those that begin with the same key the one that saves most.
+
+    What does not compose, or saves nothing, is left out.
+    """
+    now, best = estimate(config, processes).peak.bytes, {}
+    for settings in _changes(config):
+        other, key = changed(config, settings), next(iter(settings))
+        if other != config and not faults(other):
+            saved = now - estimate(other, processes).peak.bytes
+            if saved > max(0, best[key][1] if key in best else 0):
+                best[key] = (settings, saved)
+    return sorted(best.values(), key=lambda each: -each[1])
+
+
+def largest(fits: Callable[[int], bool], step: int = 1) -> int:
+    """The largest multiple of ``step`` that fits, where all smaller ones do; 0 where none does."""
+    low, high = 0, step
+    while fits(high) and high < 2**40:
+        low, high = high, 2 * high
+    while high - low > step:
+        middle = (low + high) // 2 // step * step
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def largest_micro_batch(config: Config, processes: int, available: int) -> int:
+    """In sequences."""
+    return largest(lambda n: estimate(changed(config, {"train.micro_batch_size": n}), processes).peak.bytes <= available)
+
+
+def largest_sequence(config: Config, processes: int, available: int) -> int:
+    """In tokens, at a micro batch of 1; a multiple of 128."""
+    one = changed(config, {"train.micro_batch_size": 1})
+    return largest(lambda n: estimate(changed(one, {"model.sequence_length": n}), processes).peak.bytes <= available, step=128)
+
+
+# --- In words ---------------------------------------------------------------------------------------------------------
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
+
+
+def told(settings: dict[str, object]) -> str:
+    """Settings as the command line takes them."""
+    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items())
+
+
+def parts_of(parts: dict[str, int]) -> str:
+    return ", ".join(f"{part} {gib(size)}" for part, size in sorted(parts.items(), key=lambda each: -each[1]) if size >= GIB / 100)
+
+
+def summary(config: Config, processes: int, device_name: str) -> list[str]:
+    """Lines: the peak and its parts, the host's share, what fits on this device, which settings would help most."""
+    found, available = estimate(config, processes), capacity(device_name)
+    lines = [f"memory {gib(found.peak.bytes)} on each GPU at the peak, which is the {found.peak.name}: {parts_of(found.peak.parts)}"]
+    if found.host:
+        lines.append(f"host   {gib(sum(found.host.values()))} for each process: {parts_of(found.host)}")
+    if available is not None:
+        micro, sequence = largest_micro_batch(config, processes, available), largest_sequence(config, processes, available)
+        lines.append(f"fits   {gib(available)} of an {device_name.strip()} are to be had: " + (
+            f"micro batches up to {micro:,} at sequence length {config.model.sequence_length:,}, sequences up to {sequence:,} in micro batches of 1"
+            if sequence else "nothing of this fits, not even a micro batch of 1"))
+    helpful = [f"{told(settings)}: {gib(saved)} less" for settings, saved in savings(config, processes)[:3]]
+    return lines + ([f"less   {'; '.join(helpful)}"] if helpful else [])
+
+
+def explanation(config: Config, processes: int, failure: str, allocated: int) -> str:
+    """What ran out of memory, which part grew, and the three settings that help most.
+
+    failure: PyTorch's message. allocated: bytes that tensors held then.
+    """
+    peak = estimate(config, processes).peak
+    fixed = {part: size for part, size in peak.parts.items() if part in FIXED}
+    grown = {part: size for part, size in peak.parts.items() if part not in FIXED}
+    # States are there from the first step's end on: with less in use than they need, they did not fit themselves.
+    candidates = grown if grown and allocated >= sum(fixed.values()) else fixed
+    part = max(candidates, key=candidates.__getitem__)
+    helpful = savings(config, processes)[:3]
+    remedy = "".join(f"\n  {told(settings)}: {gib(saved)} less" for settings, saved in helpful)
+    return (f"out of GPU memory: {failure.split('. GPU')[0]}, with {gib(allocated)} in tensors. The part that grew: {part}, {gib(candidates[part])} of "
+            f"{gib(peak.bytes)} that a step needs (predicted, at its peak, the {peak.name}: {parts_of(peak.parts)})."
+            + (f" What helps most, predicted:{remedy}" if helpful else " No setting of memory is left: use more GPUs, or a smaller model"))
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(config: Config, processes: int) -> Iterator[None]:
+    """Turn a GPU's running out of memory into a fault that says which part grew and what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        allocated = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        raise LoneFault(explanation(config, processes, str(error), allocated)) from error
