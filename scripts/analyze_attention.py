@@ -372,19 +372,23 @@ def draw(folder: Path, head_dim: int) -> None:
             axes.loglog(LENGTHS, [sum(of(case)[which].values()) / GIB for case in cases], style, base=2, label=f"{name}, {which}")
     axes.axhline(141, color="grey", linewidth=0.8)
     axes.text(LENGTHS[0], 150, "H200", color="grey")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set(xlabel="sequence length", ylabel="GiB at the peak, formula", title=f"One causal attention, 16 heads of {head_dim}, bf16, batch 1")
     axes.legend()
     figure.tight_layout()
     figure.savefig(folder / "memory-attention.png", dpi=120)
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    intensities = [2.0**power for power in range(1, 17)]
     for gpu in GPUS:
         peak = peak_flops(gpu.name, "bf16")
+        intensities = [2.0, peak / gpu.dram.bandwidth, 2.0**16]
         axes.loglog(intensities, [min(peak, x * gpu.dram.bandwidth) / TERA for x in intensities], base=2, label=gpu.name)
     for name, x in (("standard, any N", cases[-1].flops / standard_traffic(cases[-1])),
                     *((f"flash, N {case.seq:,}", case.flops / (4 * case.tensor + case.lse)) for case in cases[1::3])):
         axes.axvline(x, color="black", linestyle=":", linewidth=0.8)
         axes.text(x, 24, f" {name}", rotation=90, fontsize=8, verticalalignment="bottom")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="FLOP a byte of DRAM", ylabel="at most TFLOP/s, bf16", title=f"Roofline of causal attention's forward, head_dim {head_dim}")
     axes.legend()
     figure.tight_layout()

@@ -153,6 +153,7 @@ def test_a_dry_run_says_what_the_run_will_without_corpus_launcher_or_gpu(finishe
     assert yaml.safe_load(done.stdout.partition("DeepSpeed is told:\n")[2]) == described["deepspeed_config"]
     flops = 25 * 16 * 64 * described["flops_per_token"]
     assert f"{described['flops_per_token']:,} FLOPs a token" in lines["work"] and f"{25 * 16 * 64:,} tokens" in lines["work"] and f"{flops:.4g} FLOPs" in lines["work"]
+    assert "on each GPU at the peak" in lines["memory"] and "micro batches up to" in lines["fits"] and " less" in lines["less"]
     assert f"{0.5 * 31.2e12 / described['flops_per_token']:,.0f} tokens/s/GPU" in lines["time"]
     assert f"{flops / (0.5 * 31.2e12 * 2) / 3600:.3g} hours" in lines["time"] and f"{flops / (0.5 * 31.2e12) / 3600:.3g} GPU hours" in lines["time"]
     assert done.stderr == ""

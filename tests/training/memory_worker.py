@@ -1,6 +1,7 @@
 """Two processes under the DeepSpeed launcher that train in every mode whose memory is predicted, and follow each allocation.
 
-``test_memory.py`` reads the JSON: for each configuration the peaks, of the rank that has more, in the forward pass, the backward pass and the step.
+``test_memory.py`` reads the JSON: for each configuration the peaks, of the rank that has more, in the forward pass, the backward pass and the step;
+and rows of ``scripts/estimate_memory.py --measure``, which finds no GPU here.
 """
 
 import functools
@@ -18,8 +19,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from model import loss
+from scripts.estimate_memory import measured_row
 from scripts.training_peers import let_go
 from tests.allocations import Allocations, as_on_a_gpu
+from training import engine as engine_module
 from training.config import load_config
 from training.distributed import end_process, gather, join_process_group
 from training.engine import build_engine, train_step
@@ -29,8 +32,20 @@ cpuinfo.get_cpu_info = functools.lru_cache(cpuinfo.get_cpu_info)  # DeepSpeed's 
 get_accelerator().is_fp16_supported = lambda: True
 
 
-def follow(settings: list[str], logits_at_once: int) -> dict[str, int]:
+def follow(settings: list[str], logits_at_once: int, reuse_distance: int) -> dict[str, int]:
     """Peak bytes by phase of the third step: from then on stage 3 knows the order of modules."""
+    generated = engine_module.deepspeed_config
+
+    def with_distance(config):
+        return generated(config) | {"zero_optimization": generated(config)["zero_optimization"] | {
+            "stage3_max_reuse_distance": reuse_distance, "stage3_max_live_parameters": reuse_distance}}
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(engine_module, "deepspeed_config", with_distance)
+        return peaks_of(settings, logits_at_once)
+
+
+def peaks_of(settings: list[str], logits_at_once: int) -> dict[str, int]:
     torch.nn.functional.linear = LINEAR  # DeepSpeed's stage 3 replaces it for good
     loss.LOGITS_AT_ONCE = logits_at_once
     config, _ = load_config("configs/base.yaml", settings, world_size=dist.get_world_size())
@@ -70,9 +85,11 @@ def main() -> None:
     join_process_group()
     with pytest.MonkeyPatch.context() as monkeypatch:
         as_on_a_gpu(monkeypatch)
-        seen = [follow(**each) for each in json.loads(asked.read_text())]
+        asked = json.loads(asked.read_text())
+        seen = [follow(**each) for each in asked["followed"]]
+    rows = [measured_row(*row, dist.get_world_size()) for row in asked["rows"]]
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(seen))
+        out.write_text(json.dumps({"followed": seen, "rows": rows}))
     end_process()
 
 

@@ -1,11 +1,13 @@
 """Predicted memory: beside every allocation of real training steps on two processes, and beside the tensors that the real model saves."""
 
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.attention.backends import BACKENDS
 from model.checkpointing import Checkpointing
 from model.gpt import GPT
 from tests.allocations import as_on_a_gpu
@@ -13,6 +15,7 @@ from tests.launching import deepspeed_run
 from training import activations, memory
 from training.activations import Shape, block_keeps, checkpoint_keeps
 from training.config import load_config
+from training.distributed import LoneFault
 
 SMALL = [
     "model.layers=2", "model.hidden_size=128", "model.heads=2", "model.vocab_size=1024", "model.sequence_length=128", "train.global_batch_size=4",
@@ -21,6 +24,8 @@ SMALL = [
 FEW_WORDS = "model.vocab_size=128"  # so that the blocks, and not the loss, decide the peak
 LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.tied_embeddings=false"]
 FULL = "train.activation_checkpointing=full"
+DEEP = ["model.layers=6", "zero.prefetch_bucket_size=200000"]  # 1.2M parameters in blocks
+NEAR = 400_000
 CASES = [
     ["zero.stage=3"],
     ["zero.stage=3", FEW_WORDS, "attention.backend=eager"],
@@ -43,12 +48,19 @@ def configure(*settings: str, processes: int = 1):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
-    asked = [{"settings": [*SMALL, *case], "logits_at_once": activations.LOGITS_AT_ONCE} for case in CASES]
-    asked.append({"settings": SMALL, "logits_at_once": 65536})
-    (folder / "asked.json").write_text(json.dumps(asked))
+    usual = {"logits_at_once": activations.LOGITS_AT_ONCE, "reuse_distance": memory.MAX_REUSE_DISTANCE}
+    followed = [usual | {"settings": [*SMALL, *case]} for case in CASES]
+    followed += [usual | {"settings": SMALL, "logits_at_once": 65536}, usual | {"settings": [*SMALL, *DEEP], "reuse_distance": NEAR}]
+    rows = [["gpt2-124m", 2, [*SMALL[:5], "attention.backend=sdpa", "zero.stage=2"]], ["gpt2-124m", 2, ["attention.backend=none_such"]]]
+    (folder / "asked.json").write_text(json.dumps({"followed": followed, "rows": rows}))
     done = deepspeed_run("tests/training/memory_worker.py", folder / "asked.json", folder / "seen.json")
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "seen.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def followed(seen):
+    return seen["followed"]
 
 
 def predicted(config, processes: int) -> dict[str, int]:
@@ -61,13 +73,13 @@ def predicted(config, processes: int) -> dict[str, int]:
     return phases
 
 
-def test_the_peak_is_that_of_every_allocation_followed(seen):
-    for case, peaks in zip(CASES, seen, strict=False):
+def test_the_peak_is_that_of_every_allocation_followed(followed):
+    for case, peaks in zip(CASES, followed, strict=False):
         assert max(predicted(configure(*case, processes=2), 2).values()) == pytest.approx(max(peaks.values()), rel=0.05), case
 
 
-def test_the_loss_and_the_step_are_predicted_by_themselves(seen):
-    for case, peaks in zip(CASES, seen, strict=False):
+def test_the_loss_and_the_step_are_predicted_by_themselves(followed):
+    for case, peaks in zip(CASES, followed, strict=False):
         expected = predicted(configure(*case, processes=2), 2)
         if FEW_WORDS not in case:  # then a block's forward pass may be above the loss, and the backward pass is above both
             assert expected["forward"] == pytest.approx(peaks["forward"], rel=0.01), case
@@ -75,10 +87,25 @@ def test_the_loss_and_the_step_are_predicted_by_themselves(seen):
             assert expected["step"] == pytest.approx(peaks["step"], rel=0.03), case
 
 
-def test_the_logits_of_a_part_of_the_tokens(seen, monkeypatch):
+def test_the_logits_of_a_part_of_the_tokens(followed, monkeypatch):
     monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 65536)
-    parts, whole = predicted(configure(processes=2), 2), seen[0]
-    assert parts["forward"] == pytest.approx(seen[-1]["forward"], rel=0.01) and seen[-1]["forward"] < whole["forward"]
+    whole, parts = followed[0]["forward"], followed[len(CASES)]["forward"]
+    assert predicted(configure(processes=2), 2)["forward"] == pytest.approx(parts, rel=0.01) and parts < whole
+
+
+def test_blocks_that_are_used_again_too_late_are_let_go(followed, monkeypatch):
+    config = configure(*DEEP, processes=2)
+    everything = predicted(config, 2)
+    monkeypatch.setattr(memory, "MAX_REUSE_DISTANCE", NEAR)
+    for phase in ("forward", "backward"):
+        assert predicted(config, 2)[phase] == pytest.approx(followed[-1][phase], rel=0.01)
+        assert followed[-1][phase] < 0.95 * everything[phase]
+
+
+def test_the_measuring_mode_trains_each_row_and_says_what_it_left_out(seen):
+    trained, broken = seen["rows"]
+    assert trained["left_out"].startswith("trained, but there is no GPU") and trained["predicted_bytes"] == sum(trained["parts"].values())
+    assert "none_such is not known" in broken["left_out"]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -117,3 +144,101 @@ def saved(config, layers: int, checkpointing: Checkpointing = Checkpointing()) -
         logits = model(torch.zeros(2, config.model.sequence_length, dtype=torch.int64))
     assert logits.requires_grad
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
+
+
+# --- the page -----------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs/memory.md").read_text(encoding="utf-8")
+
+
+def rows_after(heading: str) -> list[list[str]]:
+    """Cells of the first table under a heading of the page."""
+    table = re.search(r"^\|.*?(?=\n\n)", PAGE[PAGE.index(heading):], re.M | re.S)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("column, dialect", [(1, []), (2, [*LLAMA, "model.kv_heads=1"])])
+def test_the_page_says_what_a_block_keeps(column, dialect):
+    config = configure(*dialect, "train.global_batch_size=2")
+    model, keeps = config.model, block_keeps(Shape(config.model, config.attention, 2, 2))
+    symbols = {"T": 2 * model.sequence_length, "h": model.hidden_size, "e": 2, "H": model.heads, "f": model.ffn_size,
+               "Q": model.heads * model.head_dim, "K": model.kv_heads * model.head_dim}
+    rows = {row[0]: eval(row[column].strip("`"), symbols) for row in rows_after("## What a block keeps")}
+    symbols.pop("__builtins__")
+    assert rows == keeps
+    if not dialect:
+        assert sum(keeps.values()) == symbols["T"] * (32 * symbols["h"] + 4 * symbols["H"] + 16)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_page_says_what_each_stage_holds(processes):
+    for stage, *expressions in rows_after("## DeepSpeed's share"):
+        config = configure(f"zero.stage={stage}", processes=processes)
+        loss = next(moment for moment in memory.estimate(config, processes).moments if moment.name == "loss")
+        total = memory.Parameters.of(config.model).total
+        for part, expression in zip(("parameters", "gradients", "optimizer states"), expressions, strict=True):
+            assert loss.parts.get(part, 0) == pytest.approx(eval(expression.strip("`"), {"P": total, "N": processes}), rel=2e-3), (stage, part)
+
+
+# --- what fits, what helps ------------------------------------------------------------------------------------------------
+
+
+def gpt(*settings: str, processes: int = 2):
+    return load_config("configs/gpt-1.3b.yaml", [*settings], world_size=processes, assumed_gpu=(9, 0))[0]
+
+
+def test_the_largest_micro_batch_and_sequence_fit_and_the_next_do_not():
+    config, available = gpt(), memory.capacity("NVIDIA H200")
+
+    def peak(**settings):
+        return memory.estimate(memory.changed(config, {key.replace("__", "."): value for key, value in settings.items()}), 2).peak.bytes
+
+    micro = memory.largest_micro_batch(config, 2, available)
+    assert peak(train__micro_batch_size=micro) <= available < peak(train__micro_batch_size=micro + 1)
+    sequence = memory.largest_sequence(config, 2, available)
+    assert peak(train__micro_batch_size=1, model__sequence_length=sequence) <= available < peak(train__micro_batch_size=1, model__sequence_length=sequence + 128)
+    assert memory.largest_micro_batch(config, 2, 2**30) == 0 and memory.capacity("Unheard-of 9000") is None
+
+
+def test_savings_are_those_of_the_changed_configuration_and_compose():
+    config = gpt("attention.backend=eager", "train.activation_checkpointing=none")
+    found = memory.savings(config, 2)
+    now = memory.estimate(config, 2).peak.bytes
+    assert [saved for _, saved in found] == sorted((saved for _, saved in found), reverse=True) and len(found) >= 5
+    assert len({next(iter(settings)) for settings, _ in found}) == len(found), "one for each kind"
+    for settings, saved in found:
+        changed = memory.changed(config, settings)
+        assert saved == now - memory.estimate(changed, 2).peak.bytes > 0
+        again, _ = load_config("configs/gpt-1.3b.yaml", ["attention.backend=eager", "train.activation_checkpointing=none", *memory.told(settings).split()],
+                               world_size=2, assumed_gpu=(9, 0))
+        assert again.train.global_batch_size == config.train.global_batch_size
+    assert {"attention.backend": "auto"} in [settings for settings, _ in found]
+
+
+def test_the_summary_says_peak_fit_and_what_helps():
+    memory_line, fits, less = memory.summary(gpt(), 2, "NVIDIA H200")
+    assert memory_line.startswith("memory ") and "optimizer states" in memory_line and "at the peak, which is the loss" in memory_line
+    assert re.search(r"micro batches up to \d+ .* sequences up to [\d,]+ in micro batches of 1", fits)
+    assert len(less.split(";")) == 3
+    lines = memory.summary(gpt("zero.offload_optimizer=cpu"), 2, "CPU")
+    assert lines[1].startswith("host ") and len(lines) == 3, "of an unknown device nobody knows what fits"
+
+
+@pytest.mark.parametrize(
+    "settings, allocated, part",
+    [((), 2**37, "activations"), ((), 2**30, "optimizer states"), (("attention.backend=eager", "train.micro_batch_size=1", "train.gradient_accumulation_steps=null",
+     "model.sequence_length=32768"), 2**37, "attention's scores")],
+)
+def test_running_out_of_memory_names_the_part_that_grew_and_what_helps(settings, allocated, part):
+    told = memory.explanation(gpt(*settings), 2, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 B", allocated)
+    assert f"The part that grew: {part}, " in told and "Tried to allocate 2.00 GiB, with" in told and "GPU 0" not in told
+    assert len(re.findall(r"^  \w+\.\w+=.*: [\d.]+ GiB less$", told, re.M)) == 3
+
+
+def test_an_out_of_memory_error_becomes_one_message_on_the_rank_that_met_it():
+    with pytest.raises(LoneFault, match="out of GPU memory: .*What helps most, predicted:"):
+        with memory.out_of_memory_explained(gpt(), 2):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+    with pytest.raises(ZeroDivisionError):
+        with memory.out_of_memory_explained(gpt(), 2):
+            math.floor(1 / 0)
