@@ -83,7 +83,7 @@ def test_the_loss_and_the_step_are_predicted_by_themselves(followed):
         expected = predicted(configure(*case, processes=2), 2)
         if FEW_WORDS not in case:  # then a block's forward pass may be above the loss, and the backward pass is above both
             assert expected["forward"] == pytest.approx(peaks["forward"], rel=0.01), case
-        if "step" in peaks and "zero.stage=0" not in case:
+        if not {"zero.stage=0", "zero.stage=1"} & set(case):  # gloo lets go of what stage 0, and 1 in bf16, reduced when it pleases
             assert expected["step"] == pytest.approx(peaks["step"], rel=0.03), case
 
 
