@@ -79,12 +79,14 @@ class Case:
 def standard_memory(case: Case) -> dict[str, dict[str, int]]:
     """Bytes by part, Q, K and V included: at the forward pass's peak, kept for the backward pass, at its peak."""
     s, q, mask = case.scores, case.tensor, case.seq**2
-    inputs, copies = {"Q, K, V": 3 * q}, {"their copies for the products": 3 * q}
+    inputs, copied = {"Q, K, V": 3 * q}, (2 + (case.batch > 1)) * q  # Q of one sequence is multiplied where it lies
+    copies = {"copies for the products": copied}
     # At the product with V: scores, their softmax and the masked probabilities in float32, and those once more in bf16.
     forward = inputs | copies | {"scores": FP32 * s, "probabilities": (2 * FP32 + HALF) * s, "mask": mask, "output": q}
     kept = inputs | copies | {"probabilities": (FP32 + HALF) * s, "mask": mask, "output": q}
-    # The bf16 probabilities have gone; two gradients of the scores in float32 stand beside the softmax. dV is there.
-    backward = inputs | copies | {"probabilities": FP32 * s, "gradients of scores": 2 * FP32 * s, "mask": mask, "output": 2 * q, "gradients of Q, K, V": q}
+    # The bf16 probabilities have gone, and the copy of V for dV; two gradients of the scores in float32 stand beside the softmax.
+    gradients = {"gradients of scores": 2 * FP32 * s, "gradient of the output": q, "gradients of Q, K, V": q}
+    backward = inputs | {"copies for the products": copied - q, "probabilities": FP32 * s, "mask": mask, "output": q} | gradients
     return {"forward": forward, "kept": kept, "backward": backward}
 
 

@@ -67,15 +67,16 @@ def block_keeps(shape: Shape) -> dict[str, int]:
     """Bytes by part that one block keeps when it is not checkpointed, its input included."""
     model = shape.model
     statistics = FP32 * (2 if model.norm == "layernorm" else 1) * shape.tokens  # mean and 1/std, or 1/rms alone
-    # RoPE's result is new; the projection stays for the values in it. Standard attention copies all three for its products, one of K and V
-    # for every query head, and needs the projection no more.
-    rotated = shape.q + shape.k if model.positions == "rope" else 0
+    # RoPE's result is new; the projection stays for the values in it. Standard attention copies all three for its products, K and V once
+    # for every query head, and needs the projection no more; of one sequence Q is multiplied where it lies.
+    projection, rotated = shape.q + 2 * shape.k, shape.q + shape.k if model.positions == "rope" else 0
     standard = shape.attention.backend == STANDARD
+    for_products = 2 * shape.q + (shape.q if shape.batch > 1 else rotated or projection)
     swiglu = model.activation == "swiglu"
     keeps = {
         "block input": shape.stream,
         "norms": 2 * (shape.stream + statistics),
-        "queries, keys, values": 3 * shape.q if standard else shape.q + 2 * shape.k + rotated,
+        "queries, keys, values": for_products if standard else projection + rotated,
         "attention output": shape.q,
         "residual between": shape.stream,
         "feed-forward": 4 * shape.f if swiglu else 2 * shape.f,  # gate and value, silu(gate), their product; or before and after GELU

@@ -23,6 +23,7 @@ SMALL = [
 ]  # fmt: skip
 FEW_WORDS = "model.vocab_size=128"  # so that the blocks, and not the loss, decide the peak
 LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.tied_embeddings=false"]
+ONE = "train.global_batch_size=1"
 FULL = "train.activation_checkpointing=full"
 DEEP = ["model.layers=6", "zero.prefetch_bucket_size=200000"]  # 1.2M parameters in blocks
 NEAR = 400_000
@@ -109,13 +110,13 @@ def test_the_measuring_mode_trains_each_row_and_says_what_it_left_out(seen):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("dialect", [[], LLAMA, ["model.kv_heads=1"], [*LLAMA, "model.kv_heads=1"], ["model.dropout=0.1"]], ids=str)
+@pytest.mark.parametrize("dialect", [[], LLAMA, ["model.kv_heads=1"], [*LLAMA, "model.kv_heads=1"], ["model.dropout=0.1"], [ONE], [ONE, *LLAMA]], ids=str)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_block_keeps_what_the_formula_says(backend, dialect, precision, monkeypatch):
     """Every storage that autograd saves in one block more, parameters aside."""
     as_on_a_gpu(monkeypatch)
-    config = configure(*dialect, f"attention.backend={backend}", f"train.precision={precision}", "train.global_batch_size=2")
-    shape = Shape(config.model, config.attention, 2, memory.element_size(config))
+    config = configure("train.global_batch_size=2", *dialect, f"attention.backend={backend}", f"train.precision={precision}")
+    shape = Shape(config.model, config.attention, config.train.micro_batch_size, memory.element_size(config))
     keeps = block_keeps(shape)
     if config.model.dropout:
         keeps["dropout masks"] *= shape.e  # on CPUs they are numbers
@@ -141,7 +142,7 @@ def saved(config, layers: int, checkpointing: Checkpointing = Checkpointing()) -
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(torch.zeros(2, config.model.sequence_length, dtype=torch.int64))
+        logits = model(torch.zeros(config.train.micro_batch_size, config.model.sequence_length, dtype=torch.int64))
     assert logits.requires_grad
     return sum(storage.nbytes() for key, storage in storages.items() if key not in own)
 
