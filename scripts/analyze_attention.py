@@ -414,10 +414,17 @@ def measure(head_dim: int, out: Path) -> None:
             reason = unsupported(backend, device_type="cuda", dtype=torch.bfloat16, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability())
             if reason is None and max(predicted.values()) > 0.9 * torch.cuda.mem_get_info()[0]:
                 reason = "needs more memory than is free"
-            result["rows"].append(row | ({"left_out": reason} if reason else {"measured": peaks(case, backend)}))
-    write_atomically(out, to_json(result))
+            result["rows"].append(row | ({"left_out": reason} if reason else measured(case, backend)))
+            write_atomically(out, to_json(result))
     apart = [row["predicted"][which] / row["measured"][which] - 1 for row in result["rows"] if "measured" in row for which in row["measured"]]
     print(f"{len(apart)} peaks, formula / measured from {min(apart):+.2%} to {max(apart):+.2%}; counters: {result['counters']}\nwritten to {out}")
+
+
+def measured(case: Case, backend: str) -> dict:
+    try:
+        return {"measured": peaks(case, backend)}
+    except RuntimeError as error:  # out of memory among them: the rows after it can still be had
+        return {"left_out": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
 
 
 def inputs(case: Case) -> list[torch.Tensor]:
