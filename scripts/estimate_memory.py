@@ -9,7 +9,7 @@ derives the numbers.
 
 --measure trains each row of ``ROWS`` for this many processes, three steps on random tokens by train.py's engine, and writes the peak of
 ``torch.cuda.max_memory_allocated`` beside the prediction, after every row. --part 1/2 takes every second row, so that two processes share the work of one
-on two GPUs. Rows that --limit leaves no time for are left out. Weights are constants, since memory does not depend on them. Where DeepSpeed's CPU
+on two GPUs. Rows that --limit leaves no time for are left out. Weights are of one size, since memory does not depend on them. Where DeepSpeed's CPU
 Adam is not compiled yet, torch's steps the host's states: neither holds memory of the GPU.
 """
 
@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
 
 from training.config import Config, ConfigError, load_config  # noqa: E402
 from training.files import write_atomically  # noqa: E402
@@ -157,9 +158,12 @@ def measure(options: argparse.Namespace) -> int:
     import torch.distributed as dist
 
     world, first = dist.get_world_size(), dist.get_rank() == 0
+    if world not in ROWS:
+        raise SystemExit(f"--measure has rows for {' or '.join(map(str, ROWS))} processes, not for {world}")
+    torch._dynamo.config.recompile_limit = 64  # the loss is compiled for each dtype and size; past the limit it would be eager
     part, parts = (int(number) for number in options.part.split("/"))
     result = {"environment": collect_environment(), "gpus": world, "steps": STEPS, "rows": []}
-    for name, micro, *settings in ROWS.get(world, ())[part - 1 :: parts]:
+    for name, micro, *settings in ROWS[world][part - 1 :: parts]:
         # One rank's clock for all: each begins the same rows.
         if max(gather(time.perf_counter() - started)) > options.limit:
             print(f"{name} {micro} {settings}: left out, --limit is over", flush=True)
@@ -224,7 +228,9 @@ def train(config: Config) -> dict:
             tokens = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.model.sequence_length + 1), device=_engine.device)
             batch = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
             del tokens
-            train_step(_engine, batch, step, config, scale)
+            result = train_step(_engine, batch, step, config, scale)
+    if not result.applied:
+        raise RuntimeError(f"the last step was skipped: loss {result.loss}, gradient norm {result.grad_norm}")  # then states may be missing
     if not on_gpu:
         return {}
     return {"measured_bytes": torch.cuda.max_memory_allocated() - held, "reserved_bytes": torch.cuda.max_memory_reserved(), "held_before_bytes": held,
@@ -253,13 +259,13 @@ def let_go_of_all() -> None:
 
 @contextlib.contextmanager
 def quickly(config: Config) -> Iterator[None]:
-    """Constants for initial weights; and torch's AdamW for the host's states where DeepSpeed's would have to be compiled first."""
+    """Initial weights that cost no time; and torch's AdamW for the host's states where DeepSpeed's would have to be compiled first."""
     from model.gpt import GPT
     from training import engine
 
     def fill(self, weight: torch.Tensor, std: float) -> None:
         if not weight.is_meta:
-            weight.data.fill_(std)
+            weight.data.fill_(std).view(-1)[::3].neg_()  # of equal weights a norm would make zeros, and of those large gradients
 
     with contextlib.ExitStack() as stack:
         for module in (torch.nn.Linear, torch.nn.Embedding):
