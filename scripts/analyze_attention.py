@@ -4,11 +4,11 @@
     python scripts/analyze_attention.py --docs docs/memory.md --plots docs/results    write them into the page, and the plots
     python scripts/analyze_attention.py --measure --out docs/results/analyze_attention-h200.json
 
-docs/memory.md derives each formula. Standard attention is the backend `eager`; the tile sizes are those of kernels/attention, read from there.
+docs/memory.md derives each formula. Standard attention is the backend `eager`; the tile sizes are read from kernels/attention.
 
 --measure needs a GPU. It runs forward and backward of `eager`, `triton` and, where it can, `hopper`, and puts the peak of
-``torch.cuda.max_memory_allocated`` beside the formula. Where Nsight Compute (`ncu`) is installed and allowed to read counters it also puts bytes
-from L2 to the multiprocessors and to DRAM beside the tile formula; else the JSON says why it could not.
+``torch.cuda.max_memory_allocated`` beside the formula. Where Nsight Compute (`ncu`) is installed and allowed to read counters it also puts
+bytes from L2 to the multiprocessors and to DRAM beside the tile formula; else the JSON says why it could not.
 """
 
 import argparse
@@ -103,7 +103,10 @@ def fit(points: list[tuple[int, int]]) -> tuple[float, float]:
     """(a, b) of bytes = a n^2 + b n, least squares of relative errors."""
     # Weighted by 1 / bytes: rows (n^2 / y, n / y) against 1.
     rows = [(n * n / y, n / y) for n, y in points]
-    (aa, ab, bb), (a1, b1) = [sum(x * x for x, _ in rows), sum(x * y for x, y in rows), sum(y * y for _, y in rows)], [sum(c) for c in zip(*rows, strict=True)]
+    (aa, ab, bb), (a1, b1) = (
+        [sum(x * x for x, _ in rows), sum(x * y for x, y in rows), sum(y * y for _, y in rows)],
+        [sum(c) for c in zip(*rows, strict=True)],
+    )
     determinant = aa * bb - ab * ab
     return (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
 
@@ -113,7 +116,7 @@ def fit(points: list[tuple[int, int]]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Of a forward kernel: queries and keys of a tile, bytes in shared memory, float32 registers a multiprocessor's program holds for S and O."""
+    """Of a forward kernel: queries and keys of a tile, bytes in shared memory, bytes of registers for S and O in float32."""
 
     queries: int
     keys: int
@@ -132,7 +135,9 @@ def forward_tiles(backend: str, case: Case, generation: str = "sm_90") -> Tiles:
         shared = HALF * d * (Q_SLOTS.value * queries + 2 * tile.stages * tile.keys + queries)  # Q, K and V, O
         return Tiles(queries, tile.keys, shared, FP32 * queries * (d + tile.keys))
     tile = tile_for(generation, "forward", torch.bfloat16, d, score_features=False)
-    return Tiles(tile.queries, tile.keys, HALF * d * (tile.queries + (tile.stages - 1) * 2 * tile.keys), FP32 * tile.queries * (d + tile.keys))
+    return Tiles(
+        tile.queries, tile.keys, HALF * d * (tile.queries + (tile.stages - 1) * 2 * tile.keys), FP32 * tile.queries * (d + tile.keys)
+    )
 
 
 def keys_read(case: Case, tiles: Tiles) -> int:
@@ -142,7 +147,7 @@ def keys_read(case: Case, tiles: Tiles) -> int:
 
 
 def flash_traffic(case: Case, tiles: Tiles) -> dict[str, int]:
-    """Bytes of the forward pass: into the multiprocessors, Q once and K and V once for every tile of queries; and those that DRAM must give and take."""
+    """Bytes of the forward pass: into the multiprocessors, Q once, K and V once for every tile of queries; and DRAM's, at least."""
     of_heads = case.batch * case.heads
     keys = of_heads * keys_read(case, tiles) * tiles.keys * 2 * case.head_dim * HALF
     return {"L2 to multiprocessors": case.tensor + keys, "DRAM, compulsory": 4 * case.tensor + case.lse}
@@ -197,11 +202,12 @@ GPUS = (
     Gpu("A100-SXM4-80GB", 108, 1.410e9, 164 * KIB, Level(40 * MIB, 5120 * 1.410e9, 260), Level(80 * GIB, 2.039e12, 470), 30,
         f"NVIDIA A100 whitepaper (L2 5,120 bytes a clock) and datasheet; {_LATENCIES}"),
     Gpu("H100 80GB HBM3", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9, 260), Level(80 * GIB, 3.35e12, 480), 30,
-        f"NVIDIA H100 whitepaper and datasheet; L2: 8,986 GB/s in doi 10.1016/j.ultsonch.2023.106546, table 3; {_LATENCIES} (of the PCIe board)"),
+        "NVIDIA H100 whitepaper and datasheet; L2: 8,986 GB/s in doi 10.1016/j.ultsonch.2023.106546, table 3; "
+        f"{_LATENCIES} (of the PCIe board)"),
     Gpu("H200", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9, 260), Level(141 * GIB, 4.8e12, None), 30,
         "NVIDIA H200 datasheet; the chip is H100's, and so are the levels above DRAM"),
     Gpu("B200", 148, 1.965e9, 228 * KIB, Level(126 * MIB, None, None), Level(180 * GIB, 8.0e12, None), None,
-        "NVIDIA Blackwell datasheet (HGX B200); 148 multiprocessors, 126 MB of L2, clock: Chips and Cheese 2025, which measured 150 ns to L2"),
+        "NVIDIA Blackwell datasheet (HGX B200); multiprocessors, L2, clock: Chips and Cheese 2025, which measured 150 ns to L2"),
     Gpu("RTX 4090", 128, 2.520e9, 100 * KIB, Level(72 * MIB, None, 270), Level(24 * GIB, 1.008e12, 540), 30,
         f"NVIDIA Ada GPU architecture whitepaper; {_LATENCIES}"),
 )  # fmt: skip
@@ -212,8 +218,14 @@ def gpu_here() -> dict | None:
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(0)
-    return {"name": p.name, "multiprocessors": p.multi_processor_count, "registers": p.multi_processor_count * p.regs_per_multiprocessor * 4,
-            "shared_memory": p.multi_processor_count * p.shared_memory_per_multiprocessor, "l2": p.L2_cache_size, "dram": p.total_memory}
+    return {
+        "name": p.name,
+        "multiprocessors": p.multi_processor_count,
+        "registers": p.multi_processor_count * p.regs_per_multiprocessor * 4,
+        "shared_memory": p.multi_processor_count * p.shared_memory_per_multiprocessor,
+        "l2": p.L2_cache_size,
+        "dram": p.total_memory,
+    }
 
 
 def longest(capacity: int, bytes_of: Callable[[int], int]) -> int:
@@ -250,15 +262,45 @@ def memory_table(head_dim: int) -> str:
         peak, ours = sum(standard["forward"].values()), sum(flash["forward"].values())
         kept, keeps = (sum(x["kept"].values()) for x in (standard, flash))
         parts = standard["forward"]
-        rows.append([f"{n:,}", size(parts["Q, K, V"]), size(parts["scores"]), size(parts["probabilities"]), size(parts["output"]), size(peak), size(kept),
-                     size(sum(standard["backward"].values())), size(ours), size(keeps), size(sum(flash["backward"].values())), f"{1 - ours / peak:.2%}"])
-    header = ["N", "Q, K, V", "scores", "probabilities", "output", "standard: forward", "kept", "backward", "flash: forward", "kept", "backward", "saved, forward"]
+        rows.append(
+            [
+                f"{n:,}",
+                size(parts["Q, K, V"]),
+                size(parts["scores"]),
+                size(parts["probabilities"]),
+                size(parts["output"]),
+                size(peak),
+                size(kept),
+                size(sum(standard["backward"].values())),
+                size(ours),
+                size(keeps),
+                size(sum(flash["backward"].values())),
+                f"{1 - ours / peak:.2%}",
+            ]
+        )
+    header = [
+        "N",
+        "Q, K, V",
+        "scores",
+        "probabilities",
+        "output",
+        "standard: forward",
+        "kept",
+        "backward",
+        "flash: forward",
+        "kept",
+        "backward",
+        "saved, forward",
+    ]
     return markdown(header, rows)
 
 
 def fits_table(head_dim: int) -> str:
     rows = []
-    for name, of in (("standard", standard_memory), *((name, lambda case, name=name: flash_memory(case, name)) for name in ("hopper", "triton"))):
+    for name, of in (
+        ("standard", standard_memory),
+        *((name, lambda case, name=name: flash_memory(case, name)) for name in ("hopper", "triton")),
+    ):
         for which in ("forward", "backward"):
             a, b = fit([(n, sum(of(Case(n, head_dim))[which].values())) for n in LENGTHS])
             rows.append([name, which, f"{max(0.0, round(a / 16, 9)):.4g}", f"{b / 16:,.0f}"])
@@ -266,7 +308,7 @@ def fits_table(head_dim: int) -> str:
 
 
 def measured_table(head_dim: int) -> str:
-    """The benchmark's peaks on an H200 beside the formula; they count neither Q, K, V nor the gradient of the output, which were there before."""
+    """The benchmark's peaks on an H200 beside the formula; they leave out what was there before: Q, K, V, the output's gradient."""
     found = json.loads((ROOT / f"docs/results/benchmark_attention-h200-{head_dim}.json").read_text())["rows"]
     rows = []
     for row in found:
@@ -274,9 +316,20 @@ def measured_table(head_dim: int) -> str:
             continue
         case = Case(row["seq"], head_dim, row["heads"], row["batch"])
         for backend in ("hopper", "triton"):
-            predicted = sum(flash_memory(case, backend)[row["pass"]].values()) - 3 * case.tensor - (case.tensor if row["pass"] == "backward" else 0)
+            predicted = (
+                sum(flash_memory(case, backend)[row["pass"]].values()) - 3 * case.tensor - (case.tensor if row["pass"] == "backward" else 0)
+            )
             measured = row["measured"][backend]["peak_bytes"]
-            rows.append([backend, row["pass"], f"{row['batch']} x {row['seq']:,}", f"{predicted:,}", f"{measured:,}", f"{predicted / measured - 1:+.2%}"])
+            rows.append(
+                [
+                    backend,
+                    row["pass"],
+                    f"{row['batch']} x {row['seq']:,}",
+                    f"{predicted:,}",
+                    f"{measured:,}",
+                    f"{predicted / measured - 1:+.2%}",
+                ]
+            )
     return markdown(["backend", "pass", "batch x N", "formula, bytes", "measured, H200", "difference"], rows)
 
 
@@ -289,9 +342,20 @@ def traffic_table(head_dim: int) -> str:
             tiles = forward_tiles(backend, case)
             traffic = flash_traffic(case, tiles)
             constant = traffic["L2 to multiprocessors"] / (case.scores * head_dim**2 * HALF**2 / tiles.shared)
-            cells += [f"{tiles.queries} x {tiles.keys}", f"{tiles.shared / KIB:.0f} KiB", size(traffic["L2 to multiprocessors"]), f"{constant:.2f}"]
+            cells += [
+                f"{tiles.queries} x {tiles.keys}",
+                f"{tiles.shared / KIB:.0f} KiB",
+                size(traffic["L2 to multiprocessors"]),
+                f"{constant:.2f}",
+            ]
         rows.append([*cells, size(traffic["DRAM, compulsory"]), f"{standard_traffic(case) / traffic['DRAM, compulsory']:,.0f}"])
-    header = ["N", "standard, DRAM", *(f"{name}: {what}" for name in ("hopper", "triton") for what in ("tile", "M", "L2 to SMs", "c")), "flash, DRAM", "standard / flash"]
+    header = [
+        "N",
+        "standard, DRAM",
+        *(f"{name}: {what}" for name in ("hopper", "triton") for what in ("tile", "M", "L2 to SMs", "c")),
+        "flash, DRAM",
+        "standard / flash",
+    ]
     return markdown(header, rows)
 
 
@@ -299,9 +363,20 @@ def hierarchy_table() -> str:
     rows = []
     for gpu in GPUS:
         for level, of in gpu.levels.items():
-            rows.append([gpu.name, level, size(of.capacity), "-" if of.bandwidth is None else f"{of.bandwidth / TERA:.3g} TB/s",
-                         "-" if of.latency is None else f"{of.latency} cycles"])
-    return markdown(["GPU", "level", "capacity", "bandwidth", "latency"], rows) + "\n\n" + "\n".join(f"- {gpu.name}: {gpu.sources}." for gpu in GPUS)
+            rows.append(
+                [
+                    gpu.name,
+                    level,
+                    size(of.capacity),
+                    "-" if of.bandwidth is None else f"{of.bandwidth / TERA:.3g} TB/s",
+                    "-" if of.latency is None else f"{of.latency} cycles",
+                ]
+            )
+    return (
+        markdown(["GPU", "level", "capacity", "bandwidth", "latency"], rows)
+        + "\n\n"
+        + "\n".join(f"- {gpu.name}: {gpu.sources}." for gpu in GPUS)
+    )
 
 
 def levels_table(head_dim: int) -> str:
@@ -323,7 +398,17 @@ def roofline_table(head_dim: int) -> str:
             standard = case.flops / standard_traffic(case)
             flash = case.flops / flash_traffic(case, forward_tiles("triton", case))["DRAM, compulsory"]
             bound = [min(peak, intensity * gpu.dram.bandwidth) / TERA for intensity in (standard, flash)]
-            rows.append([gpu.name, f"{n:,}", f"{peak / gpu.dram.bandwidth:.0f}", f"{standard:.1f}", f"{bound[0]:.0f}", f"{flash:.0f}", f"{bound[1]:.0f}"])
+            rows.append(
+                [
+                    gpu.name,
+                    f"{n:,}",
+                    f"{peak / gpu.dram.bandwidth:.0f}",
+                    f"{standard:.1f}",
+                    f"{bound[0]:.0f}",
+                    f"{flash:.0f}",
+                    f"{bound[1]:.0f}",
+                ]
+            )
     return markdown(["GPU", "N", "ridge, FLOP/B", "standard, FLOP/B", "at most TFLOP/s", "flash, FLOP/B", "at most TFLOP/s"], rows)
 
 
@@ -335,18 +420,47 @@ def tiles_table(head_dim: int) -> str:
         keys = 128
         shared = HALF * head_dim * (2 * queries + 2 * 2 * keys + queries)
         registers = FP32 * queries * (head_dim + keys)
-        fits = [word for word, fit_ in (("shared memory", shared <= SHARED_MEMORY_LIMIT["sm_90"]), ("registers", registers <= 256 * KIB * 0.75)) if not fit_]
+        fits = [
+            word
+            for word, fit_ in (("shared memory", shared <= SHARED_MEMORY_LIMIT["sm_90"]), ("registers", registers <= 256 * KIB * 0.75))
+            if not fit_
+        ]
         needed = peak / (queries * 2 / HALF)
-        rows.append([str(queries), f"{queries * 2 // HALF}", f"{needed / TERA:.1f} TB/s", f"{needed / gpu.l2.bandwidth:.0%}", f"{shared / KIB:.0f} KiB",
-                     f"{registers / KIB:.0f} KiB", "no: " + ", ".join(fits) if fits else "yes"])
-    header = ["queries", "FLOP a byte of K and V", "L2 to SMs at peak FLOP/s", "of L2's bandwidth", "shared memory", "registers for S and O", "fits"]
+        rows.append(
+            [
+                str(queries),
+                f"{queries * 2 // HALF}",
+                f"{needed / TERA:.1f} TB/s",
+                f"{needed / gpu.l2.bandwidth:.0%}",
+                f"{shared / KIB:.0f} KiB",
+                f"{registers / KIB:.0f} KiB",
+                "no: " + ", ".join(fits) if fits else "yes",
+            ]
+        )
+    header = [
+        "queries",
+        "FLOP a byte of K and V",
+        "L2 to SMs at peak FLOP/s",
+        "of L2's bandwidth",
+        "shared memory",
+        "registers for S and O",
+        "fits",
+    ]
     return markdown(header, rows)
 
 
 def tables(head_dim: int) -> dict[str, str]:
     """By the name that docs/memory.md knows them by."""
-    return {"memory": memory_table(head_dim), "fits": fits_table(head_dim), "measured": measured_table(head_dim), "traffic": traffic_table(head_dim),
-            "hierarchy": hierarchy_table(), "levels": levels_table(head_dim), "roofline": roofline_table(head_dim), "tiles": tiles_table(head_dim)}
+    return {
+        "memory": memory_table(head_dim),
+        "fits": fits_table(head_dim),
+        "measured": measured_table(head_dim),
+        "traffic": traffic_table(head_dim),
+        "hierarchy": hierarchy_table(),
+        "levels": levels_table(head_dim),
+        "roofline": roofline_table(head_dim),
+        "tiles": tiles_table(head_dim),
+    }
 
 
 def filled(page: str, contents: dict[str, str]) -> str:
@@ -376,7 +490,9 @@ def draw(folder: Path, head_dim: int) -> None:
     axes.text(LENGTHS[0], 150, "H200", color="grey")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set(xlabel="sequence length", ylabel="GiB at the peak, formula", title=f"One causal attention, 16 heads of {head_dim}, bf16, batch 1")
+    axes.set(
+        xlabel="sequence length", ylabel="GiB at the peak, formula", title=f"One causal attention, 16 heads of {head_dim}, bf16, batch 1"
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(folder / "memory-attention.png", dpi=120)
@@ -385,13 +501,17 @@ def draw(folder: Path, head_dim: int) -> None:
         peak = peak_flops(gpu.name, "bf16")
         intensities = [2.0, peak / gpu.dram.bandwidth, 2.0**16]
         axes.loglog(intensities, [min(peak, x * gpu.dram.bandwidth) / TERA for x in intensities], base=2, label=gpu.name)
-    for name, x in (("standard, any N", cases[-1].flops / standard_traffic(cases[-1])),
-                    *((f"flash, N {case.seq:,}", case.flops / (4 * case.tensor + case.lse)) for case in cases[1::3])):
+    for name, x in (
+        ("standard, any N", cases[-1].flops / standard_traffic(cases[-1])),
+        *((f"flash, N {case.seq:,}", case.flops / (4 * case.tensor + case.lse)) for case in cases[1::3]),
+    ):
         axes.axvline(x, color="black", linestyle=":", linewidth=0.8)
         axes.text(x, 24, f" {name}", rotation=90, fontsize=8, verticalalignment="bottom")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="FLOP a byte of DRAM", ylabel="at most TFLOP/s, bf16", title=f"Roofline of causal attention's forward, head_dim {head_dim}")
+    axes.set(
+        xlabel="FLOP a byte of DRAM", ylabel="at most TFLOP/s, bf16", title=f"Roofline of causal attention's forward, head_dim {head_dim}"
+    )
     axes.legend()
     figure.tight_layout()
     figure.savefig(folder / "memory-roofline.png", dpi=120)
@@ -411,13 +531,20 @@ def measure(head_dim: int, out: Path) -> None:
             formula = standard_memory(case) if backend == "eager" else flash_memory(case, backend)
             predicted = {which: sum(formula[which].values()) for which in ("forward", "backward")}
             row = {"backend": backend, "seq": n, "predicted": predicted}
-            reason = unsupported(backend, device_type="cuda", dtype=torch.bfloat16, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability())
+            reason = unsupported(
+                backend, device_type="cuda", dtype=torch.bfloat16, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability()
+            )
             if reason is None and max(predicted.values()) > 0.9 * torch.cuda.mem_get_info()[0]:
                 reason = "needs more memory than is free"
             result["rows"].append(row | ({"left_out": reason} if reason else measured(case, backend)))
             write_atomically(out, to_json(result))
-    apart = [row["predicted"][which] / row["measured"][which] - 1 for row in result["rows"] if "measured" in row for which in row["measured"]]
-    print(f"{len(apart)} peaks, formula / measured from {min(apart):+.2%} to {max(apart):+.2%}; counters: {result['counters']}\nwritten to {out}")
+    apart = [
+        row["predicted"][which] / row["measured"][which] - 1 for row in result["rows"] if "measured" in row for which in row["measured"]
+    ]
+    print(
+        f"{len(apart)} peaks, formula / measured from {min(apart):+.2%} to {max(apart):+.2%}; "
+        f"counters: {result['counters']}\nwritten to {out}"
+    )
 
 
 def measured(case: Case, backend: str) -> dict:
@@ -459,8 +586,25 @@ def counters(head_dim: int) -> list[dict] | str:
     for backend in ("hopper", "triton"):
         for n in (2048, 8192):
             case = Case(n, head_dim)
-            command = [ncu, "--csv", "--metrics", ",".join(NSIGHT_METRICS.values()), "--launch-skip", "1", "--launch-count", "1",
-                       "--kernel-name", "regex:forward_kernel", sys.executable, __file__, "--one", backend, str(n), "--head-dim", str(head_dim)]
+            command = [
+                ncu,
+                "--csv",
+                "--metrics",
+                ",".join(NSIGHT_METRICS.values()),
+                "--launch-skip",
+                "1",
+                "--launch-count",
+                "1",
+                "--kernel-name",
+                "regex:forward_kernel",
+                sys.executable,
+                __file__,
+                "--one",
+                backend,
+                str(n),
+                "--head-dim",
+                str(head_dim),
+            ]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
             except subprocess.TimeoutExpired:
@@ -470,9 +614,14 @@ def counters(head_dim: int) -> list[dict] | str:
             lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
             if done.returncode or len(lines) < 2:
                 return f"not available: ncu: {(done.stderr or done.stdout).strip()[-300:]}"
-            values = {row["Metric Name"]: float(row["Metric Value"].replace(",", "")) * scale(row["Metric Unit"]) for row in csv.DictReader(io.StringIO("\n".join(lines)))}
+            values = {
+                row["Metric Name"]: float(row["Metric Value"].replace(",", "")) * scale(row["Metric Unit"])
+                for row in csv.DictReader(io.StringIO("\n".join(lines)))
+            }
             traffic = flash_traffic(case, forward_tiles(backend, case))
-            found.append({"backend": backend, "seq": n, "formula": traffic} | {name: values.get(metric) for name, metric in NSIGHT_METRICS.items()})
+            found.append(
+                {"backend": backend, "seq": n, "formula": traffic} | {name: values.get(metric) for name, metric in NSIGHT_METRICS.items()}
+            )
     return found
 
 

@@ -4,13 +4,13 @@
     deepspeed --num_gpus 2 scripts/estimate_memory.py --measure --out docs/results/memory-h200-x2.json
     python scripts/estimate_memory.py --table docs/results/memory-h200*.json
 
-The first needs no GPU, corpus or launcher. What it assumes of the GPU, and --mfu, the share of its peak that a run reaches, are options; docs/memory.md
-derives the numbers.
+The first needs no GPU, corpus or launcher. What it assumes of the GPU, and --mfu, the share of its peak that a run reaches, are options;
+docs/memory.md derives the numbers.
 
 --measure trains each row of ``ROWS`` for this many processes, three steps on random tokens by train.py's engine, and writes the peak of
-``torch.cuda.max_memory_allocated`` beside the prediction, after every row. --part 1/2 takes every second row, so that two processes share the work of one
-on two GPUs. Rows that --limit leaves no time for are left out. Weights are of one size, since memory does not depend on them. Where DeepSpeed's CPU
-Adam is not compiled yet, torch's steps the host's states: neither holds memory of the GPU.
+``torch.cuda.max_memory_allocated`` beside the prediction, after every row. --part 1/2 takes every second row, so that two processes share
+the work of one on two GPUs. Rows that --limit leaves no time for are left out. Weights are of one size, since memory does not depend on
+them. Where DeepSpeed's CPU Adam is not compiled yet, torch's steps the host's states: neither holds memory of the GPU.
 """
 
 import argparse
@@ -43,13 +43,17 @@ OFFLOAD = "zero.offload_optimizer=cpu"
 # processes -> (configuration, settings); micro batch by its first number. The most telling come first.
 ROWS = {
     1: (
-        ("gpt2-124m", 16, NO_CHECKPOINTING), ("gpt-1.3b", 8, FULL), ("gpt2-124m", 16, SELECTIVE), ("gpt2-124m", 16, "attention.backend=eager"),
+        ("gpt2-124m", 16, NO_CHECKPOINTING), ("gpt-1.3b", 8, FULL), ("gpt2-124m", 16, SELECTIVE),
+        ("gpt2-124m", 16, "attention.backend=eager"),
         ("gpt2-124m", 16, FULL), ("gpt2-124m", 16, SELECTIVE, "train.keep_matmuls=true"), ("gpt2-355m", 16, NO_CHECKPOINTING),
-        ("llama-160m", 16, NO_CHECKPOINTING), ("gpt2-124m", 16, "zero.stage=0", "attention.backend=sdpa"), ("gpt-1.3b", 4, NO_CHECKPOINTING),
-        ("gpt2-124m", 32, "zero.stage=1"), ("gpt2-124m", 16, "zero.stage=2", "train.precision=fp16"), ("gpt2-124m", 8, "train.precision=fp32"),
+        ("llama-160m", 16, NO_CHECKPOINTING), ("gpt2-124m", 16, "zero.stage=0", "attention.backend=sdpa"),
+        ("gpt-1.3b", 4, NO_CHECKPOINTING),
+        ("gpt2-124m", 32, "zero.stage=1"), ("gpt2-124m", 16, "zero.stage=2", "train.precision=fp16"),
+        ("gpt2-124m", 8, "train.precision=fp32"),
         ("gpt2-774m", 8, FULL), ("gpt2-124m", 16, "attention.backend=eager", FULL),
         ("gpt2-124m", 32, "train.activation_checkpointing=every_n", "train.checkpoint_every=2", "attention.backend=triton"),
-        ("gpt-1.3b", 1, FULL, "model.sequence_length=32768"), ("gpt2-124m", 1, NO_CHECKPOINTING, "model.sequence_length=32768", "attention.backend=triton"),
+        ("gpt-1.3b", 1, FULL, "model.sequence_length=32768"),
+        ("gpt2-124m", 1, NO_CHECKPOINTING, "model.sequence_length=32768", "attention.backend=triton"),
         ("gpt2-124m", 32, "train.activation_checkpointing=deepspeed"), ("gpt2-355m", 8, SELECTIVE, OFFLOAD),
         ("gpt2-124m", 16, OFFLOAD, "zero.offload_parameters=cpu"), ("gpt2-124m", 16, OFFLOAD, "zero.stage=2"),
     ),
@@ -72,11 +76,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.measure:
         return measure(options)
     try:
-        config, notes = load_config(options.config, options.overrides, world_size=options.gpus, assumed_gpu=compute_capability(options.gpu_name))
+        config, notes = load_config(
+            options.config, options.overrides, world_size=options.gpus, assumed_gpu=compute_capability(options.gpu_name)
+        )
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    print("\n".join([*notes, *summary(config, options.gpus, options.gpu_name), *speed(config, options), *moments(estimate(config, options.gpus))]))
+    print(
+        "\n".join(
+            [*notes, *summary(config, options.gpus, options.gpu_name), *speed(config, options), *moments(estimate(config, options.gpus))]
+        )
+    )
     return 0
 
 
@@ -115,8 +125,11 @@ def speed(config: Config, options: argparse.Namespace) -> list[str]:
     tokens = options.tokens or config.train.steps * meter.tokens_per_step
     per_gpu = options.mfu * meter.peak_flops / meter.flops_per_token
     hours = tokens / (per_gpu * options.gpus) / 3600
-    return [f"time   {tokens:,.0f} tokens, {tokens * meter.flops_per_token:.4g} FLOPs ({meter.hardware_flops_per_token / meter.flops_per_token:.2f} times that with "
-            f"what is computed again); at an assumed MFU of {options.mfu:.3g} {per_gpu:,.0f} tokens/s/GPU, {hours:.3g} hours, {hours * options.gpus:.3g} GPU hours"]
+    again = meter.hardware_flops_per_token / meter.flops_per_token
+    return [
+        f"time   {tokens:,.0f} tokens, {tokens * meter.flops_per_token:.4g} FLOPs ({again:.2f} times that with what is computed again); "
+        f"at an assumed MFU of {options.mfu:.3g} {per_gpu:,.0f} tokens/s/GPU, {hours:.3g} hours, {hours * options.gpus:.3g} GPU hours"
+    ]
 
 
 def moments(found: Estimate) -> list[str]:
@@ -130,7 +143,10 @@ def moments(found: Estimate) -> list[str]:
     for moment in sorted(best.values(), key=lambda each: -each.bytes):
         rows.append([moment.name, *(f"{moment.parts.get(part, 0) / GIB:.2f}" for part in columns), f"{moment.bytes / GIB:.2f}"])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    return [
+        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
 
 
 def table(rows: list[dict]) -> str:
@@ -142,7 +158,10 @@ def table(rows: list[dict]) -> str:
             lines.append(f"| {name} | {row['gpus']} | | | left out: {' '.join(row['left_out'].split())} | |")
             continue
         apart = row["predicted_bytes"] / row["measured_bytes"] - 1
-        lines.append(f"| {name} | {row['gpus']} | {row['predicted_bytes'] / GIB:.2f} | {row['moment']} | {row['measured_bytes'] / GIB:.2f} | {apart:+.1%} |")
+        lines.append(
+            f"| {name} | {row['gpus']} | {row['predicted_bytes'] / GIB:.2f} | {row['moment']} | "
+            f"{row['measured_bytes'] / GIB:.2f} | {apart:+.1%} |"
+        )
     return "\n".join(lines)
 
 
@@ -192,8 +211,13 @@ def measured_row(name: str, micro: int, settings: list[str], world: int) -> dict
     except ConfigError as error:  # what this machine has not, on every rank
         return row | {"left_out": str(error), "seconds": 0.0}
     predicted = estimate(config, world)
-    row |= {"backend": config.attention.backend, "predicted_bytes": predicted.peak.bytes, "moment": predicted.peak.name, "parts": predicted.peak.parts,
-            "predicted_host_bytes": sum(predicted.host.values())}
+    row |= {
+        "backend": config.attention.backend,
+        "predicted_bytes": predicted.peak.bytes,
+        "moment": predicted.peak.name,
+        "parts": predicted.peak.parts,
+        "predicted_host_bytes": sum(predicted.host.values()),
+    }
     fault, seen = None, {}
     try:
         seen = train(config)
@@ -225,7 +249,9 @@ def train(config: Config) -> dict:
         _engine = build_engine(config, end_of_text=0)
         scale = LossScale(1.0) if config.train.precision == "fp16" else None
         for step in range(STEPS):
-            tokens = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.model.sequence_length + 1), device=_engine.device)
+            tokens = torch.randint(
+                config.model.vocab_size, (config.train.micro_batch_size, config.model.sequence_length + 1), device=_engine.device
+            )
             batch = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
             del tokens
             result = train_step(_engine, batch, step, config, scale)
@@ -233,8 +259,12 @@ def train(config: Config) -> dict:
         raise RuntimeError(f"the last step was skipped: loss {result.loss}, gradient norm {result.grad_norm}")  # then states may be missing
     if not on_gpu:
         return {}
-    return {"measured_bytes": torch.cuda.max_memory_allocated() - held, "reserved_bytes": torch.cuda.max_memory_reserved(), "held_before_bytes": held,
-            "host_bytes": resident() - host}
+    return {
+        "measured_bytes": torch.cuda.max_memory_allocated() - held,
+        "reserved_bytes": torch.cuda.max_memory_reserved(),
+        "held_before_bytes": held,
+        "host_bytes": resident() - host,
+    }
 
 
 _engine = None  # the row's, so that it can be let go also after a failure
@@ -242,7 +272,7 @@ _LINEAR = torch.nn.functional.linear
 
 
 def let_go_of_all() -> None:
-    """Free what the row before left: its engine, DeepSpeed's replacement of a function, and the library's workspaces, which count in every row."""
+    """Free what the row before left: its engine, DeepSpeed's replacement of a function, and cuBLAS's workspaces, which count anew."""
     global _engine
     if _engine is not None:
         from scripts.training_peers import let_go
@@ -273,7 +303,9 @@ def quickly(config: Config) -> Iterator[None]:
         stack.enter_context(mock.patch.object(GPT, "_draw", fill))
         if config.zero.offload_optimizer == "cpu" and engine.check_machine(config) is not None:
             generated = engine.deepspeed_config
-            stack.enter_context(mock.patch.object(engine, "deepspeed_config", lambda config: generated(config) | {"zero_force_ds_cpu_optimizer": False}))
+            stack.enter_context(
+                mock.patch.object(engine, "deepspeed_config", lambda config: generated(config) | {"zero_force_ds_cpu_optimizer": False})
+            )
             stack.enter_context(mock.patch.object(engine, "build_optimizer", host_adamw))
         yield
 

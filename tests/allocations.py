@@ -40,7 +40,7 @@ class Allocations(TorchDispatchMode):
 
 
 def as_on_a_gpu(monkeypatch) -> None:
-    """One kernel where a GPU has one: the loss, the product summed in float32 and RMSNorm make no other tensor than what they return or save."""
+    """One kernel where a GPU has one: the loss, the product summed in float32 and RMSNorm make no tensor that they do not keep."""
 
     def alone(function):
         def call(*arguments):

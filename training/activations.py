@@ -1,8 +1,8 @@
 """Bytes that a GPT's forward pass keeps for the backward pass, and what the backward pass holds beside them; derived in docs/memory.md.
 
-T tokens of a micro batch (batch B of S each), hidden width h, query width Q = heads * head_dim, key width K = kv_heads * head_dim, feed-forward
-width f, e bytes an element. Tests count the bytes of the real model's saved tensors against ``block_keeps``, and follow a whole training step
-with every allocation against ``training.memory``.
+T tokens of a micro batch (batch B of S each), hidden width h, query width Q = heads * head_dim, key width K = kv_heads * head_dim,
+feed-forward width f, e bytes an element. Tests count the bytes of the real model's saved tensors against ``block_keeps``, and follow a
+whole training step with every allocation against ``training.memory``.
 """
 
 from dataclasses import dataclass
@@ -123,7 +123,8 @@ def _attention_backward(shape: Shape) -> int:
     own = {
         STANDARD: (2 * FP32 - shape.e) * shape.scores,  # two of the scores' gradients; the probabilities that P V was taken of are freed
         "triton": 2 * shape.lse,  # delta and the base-2 log-sum-exp
-        "tiled": (shape.q + 2 * shape.k) // shape.e * FP32 + 4 * shape.batch * shape.model.heads * min(TILE, shape.model.sequence_length) ** 2 * FP32,
+        "tiled": (shape.q + 2 * shape.k) // shape.e * FP32
+        + 4 * shape.batch * shape.model.heads * min(TILE, shape.model.sequence_length) ** 2 * FP32,
     }.get(shape.attention.backend, 2 * shape.lse + shape.q // shape.e * FP32)  # and dQ, summed up in float32
     return shape.q + gradients + max(joined, own, rotation)
 
@@ -143,7 +144,10 @@ def loss_forward(shape: Shape) -> dict[str, int]:
     logits = at_once * vocabulary * shape.e
     of_x = shape.stream * (parts - 1) // parts
     moments = (
-        {"logits": logits * (2 if parts == 1 else 3), "gradients of the loss": FP32 * weight + of_x},  # those of the part before are still there
+        {
+            "logits": logits * (2 if parts == 1 else 3),
+            "gradients of the loss": FP32 * weight + of_x,
+        },  # those of the part before are still there
         {"logits": logits, "gradients of the loss": 2 * FP32 * weight + shape.stream},
         {"logits": logits, "gradients of the loss": FP32 * weight + 2 * shape.stream},
     )
@@ -156,4 +160,3 @@ def loss_backward(shape: Shape) -> dict[str, int]:
     weight = shape.model.vocab_size * shape.model.hidden_size
     cast = 0 if shape.e == FP32 else shape.e * weight
     return {"final norm": shape.stream, "gradients of the loss": 2 * FP32 * weight + cast + 2 * shape.stream}
-

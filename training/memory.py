@@ -1,7 +1,7 @@
 """What a run needs: peak memory of a GPU by part, the host's memory with offload, and what would lower it; before any GPU is touched.
 
-DeepSpeed's share is that of version 0.19.8, read from its source and followed allocation by allocation on CPUs; docs/memory.md derives it, and
-has predictions beside measured peaks. P parameters, N processes, e bytes an element of the model.
+DeepSpeed's share is that of version 0.19.8, read from its source and followed allocation by allocation on CPUs; docs/memory.md derives it,
+and has predictions beside measured peaks. P parameters, N processes, e bytes an element of the model.
 """
 
 import contextlib
@@ -44,7 +44,8 @@ CONTEXT = 0.07  # share of a GPU's memory that the CUDA context, NCCL's buffers 
 
 # Device name as in training.flops -> GiB of memory, by the same documents; NVIDIA's GB of a board are GiB, but for a percent.
 _MEMORY = (
-    (r"A100-(SXM4|PCIE)-40GB", 40), (r"A100-(SXM4|PCIE)-80GB|A100 80GB PCIe", 80), (r"A30|A10|A10G|L4|RTX 3090|RTX 4090", 24), (r"RTX 5090", 32),
+    (r"A100-(SXM4|PCIE)-40GB", 40), (r"A100-(SXM4|PCIE)-80GB|A100 80GB PCIe", 80), (r"A30|A10|A10G|L4|RTX 3090|RTX 4090", 24),
+    (r"RTX 5090", 32),
     (r"A40|RTX A6000|L40|L40S|RTX 6000 Ada Generation", 48), (r"H100 (80GB HBM3|PCIe)", 80), (r"H100 NVL", 94), (r"H200( NVL)?", 141),
     (r"GH200 (120|480)GB", 96), (r"GH200 144G HBM3e", 144), (r"G?B200", 180),
 )  # fmt: skip
@@ -61,7 +62,8 @@ def capacity(device_name: str) -> int | None:
 class Parameters:
     """Elements of the model's parameters.
 
-    outside: of each parameter in no block; head: of the output projection, one of them; block: of each of one block's; matrices: of all blocks'.
+    outside: of each parameter in no block; head: of the output projection, one of them; block: of each of one block's;
+    matrices: of all blocks'.
     """
 
     layers: int
@@ -99,8 +101,8 @@ class Parameters:
     def kept_gathered(self) -> int:
         """Elements that stage 3 has gathered between the forward and the backward pass: those used again within MAX_REUSE_DISTANCE.
 
-        Seen from a block's end, what follows is the rest of the forward pass; then comes the whole model's own place in DeepSpeed's trace, which
-        counts for all parameters. Embeddings and head are found to be used again before any distance is counted.
+        Seen from a block's end, what follows is the rest of the forward pass; then comes the whole model's own place in DeepSpeed's
+        trace, which counts for all parameters. Embeddings and head are found to be used again before any distance is counted.
         """
         block, after, blocks = sum(self.block), self.head, 0
         while blocks < self.layers and after < MAX_REUSE_DISTANCE:
@@ -181,7 +183,11 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
         before = sum(kept[:i])
         which = f"of block {i + 1} of {layers}"
         gradients = {"gradients": head_gradient + states.waiting * (layers - i if states.whole_gradients else 1)}
-        backward = {"activations": before + kept[i], "recomputed activations": recomputed[i], "gradients of activations": block_backward(shape)}
+        backward = {
+            "activations": before + kept[i],
+            "recomputed activations": recomputed[i],
+            "gradients of activations": block_backward(shape),
+        }
         done = sum(parameters.block) * (layers - i) + (0 if config.model.tied_embeddings else parameters.head)
         # What a process keeps of the sums is allocated with the first reduction, and that takes place when a bucket is full.
         sums = {"gradients": states.sums if done > config.zero.reduce_bucket_size else 0}
@@ -272,7 +278,13 @@ def _stage_0(config: Config, parameters: Parameters, processes: int) -> _States:
     cast = FP32 if e != FP32 and config.zero.reduce_dtype == "fp32" else 0
     master = 0 if e == FP32 else FP32 * p
     always = {"parameters": e * p, "optimizer states": master + _moments(config, parameters, p, FP32)}
-    return _States(always, e * sum(parameters.block), at_once * (e + cast), {"gradients": e * p + master, "workspace": _muon_step(config, parameters, p)}, whole_gradients=True)
+    return _States(
+        always,
+        e * sum(parameters.block),
+        at_once * (e + cast),
+        {"gradients": e * p + master, "workspace": _muon_step(config, parameters, p)},
+        whole_gradients=True,
+    )
 
 
 def _bf16_optimizer(config: Config, parameters: Parameters, processes: int) -> _States:
@@ -299,7 +311,10 @@ def _stage_1_and_2(config: Config, parameters: Parameters, processes: int) -> _S
     reduction = min(bucket, p) * (staged + cast)
     sums = state * share
     norm = NORM_BYTES * min(parameters.largest, share)
-    step = {"gradients": sums + (sums if e == state else 0), "workspace": max(0 if e == state else norm, _muon_step(config, parameters, share))}
+    step = {
+        "gradients": sums + (sums if e == state else 0),
+        "workspace": max(0 if e == state else norm, _muon_step(config, parameters, share)),
+    }
     if config.zero.stage == 1 and e != state:
         step["buckets"] = buckets
     states = state * share + _moments(config, parameters, share, state)
@@ -426,9 +441,15 @@ def summary(config: Config, processes: int, device_name: str) -> list[str]:
         lines.append(f"host   {gib(sum(found.host.values()))} for each process: {parts_of(found.host)}")
     if available is not None:
         micro, sequence = largest_micro_batch(config, processes, available), largest_sequence(config, processes, available)
-        lines.append(f"fits   {gib(available)} of an {device_name.strip()} are to be had: " + (
-            f"micro batches up to {micro:,} at sequence length {config.model.sequence_length:,}, sequences up to {sequence:,} in micro batches of 1"
-            if sequence else "nothing of this fits, not even a micro batch of 1"))
+        lines.append(
+            f"fits   {gib(available)} of an {device_name.strip()} are to be had: "
+            + (
+                f"micro batches up to {micro:,} at sequence length {config.model.sequence_length:,}, "
+                f"sequences up to {sequence:,} in micro batches of 1"
+                if sequence
+                else "nothing of this fits, not even a micro batch of 1"
+            )
+        )
     helpful = [f"{told(settings)}: {gib(saved)} less" for settings, saved in savings(config, processes)[:3]]
     return lines + ([f"less   {'; '.join(helpful)}"] if helpful else [])
 
@@ -446,9 +467,12 @@ def explanation(config: Config, processes: int, failure: str, allocated: int) ->
     part = max(candidates, key=candidates.__getitem__)
     helpful = savings(config, processes)[:3]
     remedy = "".join(f"\n  {told(settings)}: {gib(saved)} less" for settings, saved in helpful)
-    return (f"out of GPU memory: {failure.split('. GPU')[0]}, with {gib(allocated)} in tensors. The part that grew: {part}, {gib(candidates[part])} of "
-            f"{gib(peak.bytes)} that a step needs (predicted, at its peak, the {peak.name}: {parts_of(peak.parts)})."
-            + (f" What helps most, predicted:{remedy}" if helpful else " No setting of memory is left: use more GPUs, or a smaller model"))
+    return (
+        f"out of GPU memory: {failure.split('. GPU')[0]}, with {gib(allocated)} in tensors. "
+        f"The part that grew: {part}, {gib(candidates[part])} of "
+        f"{gib(peak.bytes)} that a step needs (predicted, at its peak, the {peak.name}: {parts_of(peak.parts)})."
+        + (f" What helps most, predicted:{remedy}" if helpful else " No setting of memory is left: use more GPUs, or a smaller model")
+    )
 
 
 @contextlib.contextmanager

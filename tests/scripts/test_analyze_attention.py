@@ -1,4 +1,4 @@
-"""The formulas of attention's memory and traffic: against allocations followed, an H200's peaks, the masks themselves; and the page that shows them."""
+"""Attention's memory and traffic: formulas against allocations followed, an H200's peaks and the masks themselves; and the page of them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""scripts/estimate_memory.py: what it prints, and the rows that it is to measure. Its measuring is followed in tests/training/test_memory.py."""
+"""scripts/estimate_memory.py: what it prints, and the rows it is to measure, a mode that tests/training/test_memory.py runs."""
 
 import json
 import re
@@ -11,12 +11,26 @@ from training.memory import GIB, capacity, estimate
 
 
 def test_a_budget_of_tokens_becomes_hours(capsys):
-    arguments = ["--config", "configs/gpt-1.3b.yaml", "--gpus", "8", "--gpu-name", "H100 80GB HBM3", "--mfu", "0.5", "train.activation_checkpointing=none"]
+    arguments = [
+        "--config",
+        "configs/gpt-1.3b.yaml",
+        "--gpus",
+        "8",
+        "--gpu-name",
+        "H100 80GB HBM3",
+        "--mfu",
+        "0.5",
+        "train.activation_checkpointing=none",
+    ]
     assert estimate_memory.main([*arguments, "--tokens", "26e9"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert {"memory", "fits", "less", "time", "loss", "optimizer"} <= lines.keys()
     hours = 26e9 * 9_077_710_848 / (8 * 0.5 * 989e12) / 3600
-    assert "26,000,000,000 tokens" in lines["time"] and f"{hours:.3g} hours, {8 * hours:.3g} GPU hours" in lines["time"] and "(1.00 times" in lines["time"]
+    assert (
+        "26,000,000,000 tokens" in lines["time"]
+        and f"{hours:.3g} hours, {8 * hours:.3g} GPU hours" in lines["time"]
+        and "(1.00 times" in lines["time"]
+    )
     config = load_config("configs/gpt-1.3b.yaml", ["train.activation_checkpointing=none"], world_size=8, assumed_gpu=(9, 0))[0]
     assert lines["loss"].endswith(f"{estimate(config, 8).peak.bytes / GIB:.2f}")
 
@@ -38,8 +52,16 @@ def test_the_rows_to_measure_cover_what_the_prediction_depends_on_and_fit():
             assert estimate(config, world).peak.bytes < capacity("H200") / 2
             seen.append(config)
     assert len(seen) >= 24 and len(estimate_memory.ROWS) == 2
-    for section, key, least in (("train", "activation_checkpointing", 5), ("train", "precision", 3), ("train", "micro_batch_size", 5), ("zero", "stage", 4),
-                                ("zero", "offload_optimizer", 2), ("zero", "offload_parameters", 2), ("attention", "backend", 4), ("model", "layers", 4)):
+    for section, key, least in (
+        ("train", "activation_checkpointing", 5),
+        ("train", "precision", 3),
+        ("train", "micro_batch_size", 5),
+        ("zero", "stage", 4),
+        ("zero", "offload_optimizer", 2),
+        ("zero", "offload_parameters", 2),
+        ("attention", "backend", 4),
+        ("model", "layers", 4),
+    ):
         assert len({getattr(getattr(config, section), key) for config in seen}) >= least, key
 
 

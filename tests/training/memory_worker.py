@@ -1,7 +1,7 @@
 """Two processes under the DeepSpeed launcher that train in every mode whose memory is predicted, and follow each allocation.
 
-``test_memory.py`` reads the JSON: for each configuration the peaks, of the rank that has more, in the forward pass, the backward pass and the step;
-and rows of ``scripts/estimate_memory.py --measure``, which finds no GPU here.
+``test_memory.py`` reads the JSON: for each configuration the peaks, of the rank that has more, in the forward pass, the backward
+pass and the step; and rows of ``scripts/estimate_memory.py --measure``, which finds no GPU here.
 """
 
 import functools
@@ -37,8 +37,10 @@ def follow(settings: list[str], logits_at_once: int, reuse_distance: int) -> dic
     generated = engine_module.deepspeed_config
 
     def with_distance(config):
-        return generated(config) | {"zero_optimization": generated(config)["zero_optimization"] | {
-            "stage3_max_reuse_distance": reuse_distance, "stage3_max_live_parameters": reuse_distance}}
+        return generated(config) | {
+            "zero_optimization": generated(config)["zero_optimization"]
+            | {"stage3_max_reuse_distance": reuse_distance, "stage3_max_live_parameters": reuse_distance}
+        }
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(engine_module, "deepspeed_config", with_distance)

@@ -18,7 +18,8 @@ from training.config import load_config
 from training.distributed import LoneFault
 
 SMALL = [
-    "model.layers=2", "model.hidden_size=128", "model.heads=2", "model.vocab_size=1024", "model.sequence_length=128", "train.global_batch_size=4",
+    "model.layers=2", "model.hidden_size=128", "model.heads=2", "model.vocab_size=1024", "model.sequence_length=128",
+    "train.global_batch_size=4",
     "zero.reduce_bucket_size=200000", "zero.prefetch_bucket_size=400000", "zero.persistence_threshold=1000", "attention.backend=sdpa",
 ]  # fmt: skip
 FEW_WORDS = "model.vocab_size=128"  # so that the blocks, and not the loss, decide the peak
@@ -110,7 +111,9 @@ def test_the_measuring_mode_trains_each_row_and_says_what_it_left_out(seen):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("dialect", [[], LLAMA, ["model.kv_heads=1"], [*LLAMA, "model.kv_heads=1"], ["model.dropout=0.1"], [ONE], [ONE, *LLAMA]], ids=str)
+@pytest.mark.parametrize(
+    "dialect", [[], LLAMA, ["model.kv_heads=1"], [*LLAMA, "model.kv_heads=1"], ["model.dropout=0.1"], [ONE], [ONE, *LLAMA]], ids=str
+)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_block_keeps_what_the_formula_says(backend, dialect, precision, monkeypatch):
     """Every storage that autograd saves in one block more, parameters aside."""
@@ -120,7 +123,9 @@ def test_a_block_keeps_what_the_formula_says(backend, dialect, precision, monkey
     keeps = block_keeps(shape)
     if config.model.dropout:
         keeps["dropout masks"] *= shape.e  # on CPUs they are numbers
-    assert saved(config, 3) - saved(config, 2) == pytest.approx(sum(keeps.values()), rel=4e-3)  # on CPUs LayerNorm keeps its statistics in bf16
+    assert saved(config, 3) - saved(config, 2) == pytest.approx(
+        sum(keeps.values()), rel=4e-3
+    )  # on CPUs LayerNorm keeps its statistics in bf16
 
 
 @pytest.mark.parametrize("checkpointing", [Checkpointing("full"), Checkpointing("every_n", every=1)], ids=str)
@@ -154,7 +159,7 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs/memory.md").read_text(encodi
 
 def rows_after(heading: str) -> list[list[str]]:
     """Cells of the first table under a heading of the page."""
-    table = re.search(r"^\|.*?(?=\n\n)", PAGE[PAGE.index(heading):], re.M | re.S)[0]
+    table = re.search(r"^\|.*?(?=\n\n)", PAGE[PAGE.index(heading) :], re.M | re.S)[0]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
 
 
@@ -162,8 +167,15 @@ def rows_after(heading: str) -> list[list[str]]:
 def test_the_page_says_what_a_block_keeps(column, dialect):
     config = configure(*dialect, "train.global_batch_size=2")
     model, keeps = config.model, block_keeps(Shape(config.model, config.attention, 2, 2))
-    symbols = {"T": 2 * model.sequence_length, "h": model.hidden_size, "e": 2, "H": model.heads, "f": model.ffn_size,
-               "Q": model.heads * model.head_dim, "K": model.kv_heads * model.head_dim}
+    symbols = {
+        "T": 2 * model.sequence_length,
+        "h": model.hidden_size,
+        "e": 2,
+        "H": model.heads,
+        "f": model.ffn_size,
+        "Q": model.heads * model.head_dim,
+        "K": model.kv_heads * model.head_dim,
+    }
     rows = {row[0]: eval(row[column].strip("`"), symbols) for row in rows_after("## What a block keeps")}
     symbols.pop("__builtins__")
     assert rows == keeps
@@ -178,7 +190,10 @@ def test_the_page_says_what_each_stage_holds(processes):
         loss = next(moment for moment in memory.estimate(config, processes).moments if moment.name == "loss")
         total = memory.Parameters.of(config.model).total
         for part, expression in zip(("parameters", "gradients", "optimizer states"), expressions, strict=True):
-            assert loss.parts.get(part, 0) == pytest.approx(eval(expression.strip("`"), {"P": total, "N": processes}), rel=2e-3), (stage, part)
+            assert loss.parts.get(part, 0) == pytest.approx(eval(expression.strip("`"), {"P": total, "N": processes}), rel=2e-3), (
+                stage,
+                part,
+            )
 
 
 # --- what fits, what helps ------------------------------------------------------------------------------------------------
@@ -197,7 +212,11 @@ def test_the_largest_micro_batch_and_sequence_fit_and_the_next_do_not():
     micro = memory.largest_micro_batch(config, 2, available)
     assert peak(train__micro_batch_size=micro) <= available < peak(train__micro_batch_size=micro + 1)
     sequence = memory.largest_sequence(config, 2, available)
-    assert peak(train__micro_batch_size=1, model__sequence_length=sequence) <= available < peak(train__micro_batch_size=1, model__sequence_length=sequence + 128)
+    assert (
+        peak(train__micro_batch_size=1, model__sequence_length=sequence)
+        <= available
+        < peak(train__micro_batch_size=1, model__sequence_length=sequence + 128)
+    )
     assert memory.largest_micro_batch(config, 2, 2**30) == 0 and memory.capacity("Unheard-of 9000") is None
 
 
@@ -210,8 +229,12 @@ def test_savings_are_those_of_the_changed_configuration_and_compose():
     for settings, saved in found:
         changed = memory.changed(config, settings)
         assert saved == now - memory.estimate(changed, 2).peak.bytes > 0
-        again, _ = load_config("configs/gpt-1.3b.yaml", ["attention.backend=eager", "train.activation_checkpointing=none", *memory.told(settings).split()],
-                               world_size=2, assumed_gpu=(9, 0))
+        again, _ = load_config(
+            "configs/gpt-1.3b.yaml",
+            ["attention.backend=eager", "train.activation_checkpointing=none", *memory.told(settings).split()],
+            world_size=2,
+            assumed_gpu=(9, 0),
+        )
         assert again.train.global_batch_size == config.train.global_batch_size
     assert {"attention.backend": "auto"} in [settings for settings, _ in found]
 
@@ -227,11 +250,25 @@ def test_the_summary_says_peak_fit_and_what_helps():
 
 @pytest.mark.parametrize(
     "settings, allocated, part",
-    [((), 2**37, "activations"), ((), 2**30, "optimizer states"), (("attention.backend=eager", "train.micro_batch_size=1", "train.gradient_accumulation_steps=null",
-     "model.sequence_length=32768"), 2**37, "attention's scores")],
+    [
+        ((), 2**37, "activations"),
+        ((), 2**30, "optimizer states"),
+        (
+            (
+                "attention.backend=eager",
+                "train.micro_batch_size=1",
+                "train.gradient_accumulation_steps=null",
+                "model.sequence_length=32768",
+            ),
+            2**37,
+            "attention's scores",
+        ),
+    ],
 )
 def test_running_out_of_memory_names_the_part_that_grew_and_what_helps(settings, allocated, part):
-    told = memory.explanation(gpt(*settings), 2, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 B", allocated)
+    told = memory.explanation(
+        gpt(*settings), 2, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 B", allocated
+    )
     assert f"The part that grew: {part}, " in told and "Tried to allocate 2.00 GiB, with" in told and "GPU 0" not in told
     assert len(re.findall(r"^  \w+\.\w+=.*: [\d.]+ GiB less$", told, re.M)) == 3
 
