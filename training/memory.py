@@ -140,7 +140,8 @@ class _States:
 
     always: on the GPU. backward, step: beside it in those. reduction: copies for one. host: always.
     waiting: of a block's gradients until they are in a bucket. whole_gradients: whether all blocks' wait, to the end of the backward pass.
-    sums: in the backward pass from the first reduction on.
+    sums: in the backward pass from the first reduction on. between: from one micro batch to the next; sums_apart: whether the next one's
+    sums are collected beside those.
     """
 
     always: dict[str, int]
@@ -151,6 +152,8 @@ class _States:
     host: dict[str, int] = field(default_factory=dict)
     whole_gradients: bool = False
     sums: int = 0
+    sums_apart: bool = False
+    between: dict[str, int] = field(default_factory=dict)
 
 
 def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPACE) -> Estimate:
@@ -166,6 +169,7 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
     always = states.always | {"workspace": workspace, "batch": 2 * 8 * shape.tokens * config.train.gradient_accumulation_steps}
     head_gradient = e * parameters.head  # tied, it waits for the embedding's share
     layers = config.model.layers
+    between = states.between if config.train.gradient_accumulation_steps > 1 else {}
 
     def moment(name: str, *more: dict[str, int]) -> Moment:
         parts: dict[str, int] = {}
@@ -175,14 +179,15 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
         return Moment(name, parts)
 
     moments = [
-        moment("loss", {"activations": sum(kept)}, _named(loss_forward(shape))),
-        moment("gradient of the loss", {"activations": sum(kept)}, _named(loss_backward(shape))),
+        moment("loss", between, {"activations": sum(kept)}, _named(loss_forward(shape))),
+        moment("gradient of the loss", between, {"activations": sum(kept)}, _named(loss_backward(shape))),
         moment("optimizer step", states.step),
     ]
     for i in range(layers):
         before = sum(kept[:i])
         which = f"of block {i + 1} of {layers}"
-        gradients = {"gradients": head_gradient + states.waiting * (layers - i if states.whole_gradients else 1)}
+        waiting = states.waiting * (layers - i) if states.whole_gradients and not between else states.waiting
+        gradients = {"gradients": head_gradient + waiting + between.get("gradients", 0)}
         backward = {
             "activations": before + kept[i],
             "recomputed activations": recomputed[i],
@@ -190,8 +195,9 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
         }
         done = sum(parameters.block) * (layers - i) + (0 if config.model.tied_embeddings else parameters.head)
         # What a process keeps of the sums is allocated with the first reduction, and that takes place when a bucket is full.
-        sums = {"gradients": states.sums if done > config.zero.reduce_bucket_size else 0}
-        within = {"buckets": states.reduction if sums["gradients"] else 0}  # in the midst of a block, a parameter at a time
+        reduced = states.sums > 0 and done > config.zero.reduce_bucket_size
+        sums = {"gradients": states.sums if reduced and (states.sums_apart or not between) else 0}
+        within = {"buckets": states.reduction if reduced else 0}  # in the midst of a block, a parameter at a time
         moments.append(moment(f"backward pass {which}", states.backward, sums, within, gradients, backward))
         if config.attention.backend == STANDARD:
             moments.append(moment(f"forward pass {which}", {"activations": before, "attention's scores": eager_forward(shape)}))
@@ -284,6 +290,7 @@ def _stage_0(config: Config, parameters: Parameters, processes: int) -> _States:
         at_once * (e + cast),
         {"gradients": e * p + master, "workspace": _muon_step(config, parameters, p)},
         whole_gradients=True,
+        between={"gradients": e * p},
     )
 
 
@@ -319,11 +326,16 @@ def _stage_1_and_2(config: Config, parameters: Parameters, processes: int) -> _S
         step["buckets"] = buckets
     states = state * share + _moments(config, parameters, share, state)
     backward, waiting = {"buckets": buckets}, staged * max(parameters.block)  # each is put into the bucket as it comes
+    held = {
+        "sums": sums,
+        "sums_apart": e == state,
+        "between": {"gradients": sums} | ({"buckets": buckets} if config.zero.stage == 1 else {}),
+    }
     if config.zero.offload_optimizer == "none":
-        return _States({"parameters": e * p, "optimizer states": states}, waiting, reduction, step, backward, sums=sums)
+        return _States({"parameters": e * p, "optimizer states": states}, waiting, reduction, step, backward, **held)
     always = {"parameters": e * p, "buckets": e * parameters.largest}
     host = {"optimizer states": states, "gradients": sums, "buckets": e * (share + parameters.largest)}
-    return _States(always, waiting, reduction, step | {"workspace": 0}, backward, host, sums=sums)
+    return _States(always, waiting, reduction, step | {"workspace": 0}, backward, host, **held)
 
 
 def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:

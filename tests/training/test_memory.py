@@ -36,8 +36,8 @@ CASES = [
     ["zero.stage=3", "train.bf16_states=true", "zero.reduce_dtype=bf16"],
     ["zero.stage=3", "zero.offload_optimizer=cpu"],
     ["zero.stage=2"],
-    ["zero.stage=2", "zero.offload_optimizer=cpu"],
-    ["zero.stage=0", "train.precision=fp32"],
+    ["zero.stage=2", "zero.offload_optimizer=cpu", "train.gradient_accumulation_steps=2"],
+    ["zero.stage=0", "train.precision=fp32", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.precision=fp16"],
 ]
