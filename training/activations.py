@@ -11,7 +11,7 @@ from math import ceil
 from kernels.attention.reference import TILE
 from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
-from model.loss import LOGITS_AT_ONCE
+from model.loss import tokens_at_once
 
 FP32 = 4
 STANDARD = "eager"  # the backend that stores the scores
@@ -139,7 +139,7 @@ def eager_forward(shape: Shape) -> int:
 def loss_forward(shape: Shape) -> dict[str, int]:
     """Bytes by part while the loss is computed; see ``model.loss``: logits of so many tokens at a time, and at once their gradient."""
     vocabulary, weight = shape.model.vocab_size, shape.model.vocab_size * shape.model.hidden_size
-    at_once = min(shape.tokens, max(1, LOGITS_AT_ONCE // vocabulary))
+    at_once = min(shape.tokens, tokens_at_once(vocabulary))
     parts = ceil(shape.tokens / at_once)
     logits = at_once * vocabulary * shape.e
     of_x = shape.stream * (parts - 1) // parts

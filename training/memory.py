@@ -34,8 +34,6 @@ from training.distributed import LoneFault
 GIB = 2**30
 BLOCK = 512  # bytes: sizes are multiples of it in the allocator of PyTorch
 # DeepSpeed's defaults that no key of ours sets, in elements.
-MAX_REUSE_DISTANCE = 1_000_000_000  # stage 3: a parameter used again within so many stays gathered
-SUB_GROUP_SIZE = 1_000_000_000  # stage 3: stepped at once
 ALLREDUCE_BUCKET = 500_000_000  # stages 0, and 1 in bf16
 NORM_BYTES = 8  # norms are taken in float64, a parameter at a time
 CUBLAS_WORKSPACE = 32 << 20  # what PyTorch reserves for cuBLAS on compute capability 9.0, the most of all
@@ -98,14 +96,14 @@ class Parameters:
         """Elements of one process's share when every parameter is cut, and padded, on its own (stage 3)."""
         return sum(ceil(n / processes) for n in self.each)
 
-    def kept_gathered(self) -> int:
-        """Elements that stage 3 has gathered between the forward and the backward pass: those used again within MAX_REUSE_DISTANCE.
+    def kept_gathered(self, distance: int) -> int:
+        """Elements that stage 3 has gathered between the forward and the backward pass: those used again within ``distance``.
 
         Seen from a block's end, what follows is the rest of the forward pass; then comes the whole model's own place in DeepSpeed's
         trace, which counts for all parameters. Embeddings and head are found to be used again before any distance is counted.
         """
         block, after, blocks = sum(self.block), self.head, 0
-        while blocks < self.layers and after < MAX_REUSE_DISTANCE:
+        while blocks < self.layers and after < distance:
             blocks, after = blocks + 1, after + block
         return sum(self.outside) + blocks * block
 
@@ -135,13 +133,25 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class _Waiting:
+    """A stretch of the backward pass, a block or what is in none, whose gradients wait where they are until they fill a bucket.
+
+    elements: at most, once the stretch's own are there. reduced: (waiting, in the bucket) at each reduction, in elements.
+    """
+
+    elements: int
+    reduced: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class _States:
     """What DeepSpeed holds, in bytes by part.
 
     always: on the GPU. backward, step: beside it in those. reduction: copies for one. host: always.
     waiting: of a block's gradients until they are in a bucket. whole_gradients: whether all blocks' wait, to the end of the backward pass.
     sums: in the backward pass from the first reduction on. between: from one micro batch to the next; sums_apart: whether the next one's
-    sums are collected beside those.
+    sums are collected beside those. in_place: of gradients that wait in place of that, block by block; copied: bytes an element for a
+    reduction of them.
     """
 
     always: dict[str, int]
@@ -154,6 +164,8 @@ class _States:
     sums: int = 0
     sums_apart: bool = False
     between: dict[str, int] = field(default_factory=dict)
+    in_place: tuple[_Waiting, ...] = ()
+    copied: float = 0.0
 
 
 def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPACE) -> Estimate:
@@ -163,11 +175,12 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
     """
     e = element_size(config)
     shape = Shape(config.model, config.attention, config.train.micro_batch_size, e)
-    parameters = _parameters(config.model.model_dump_json())
+    parameters = _parameters(config.model.model_dump_json(include=set(GPTConfig.model_fields)))
     states = _states(config, parameters, processes)
     kept, recomputed = _activations(config, shape)
     always = states.always | {"workspace": workspace, "batch": 2 * 8 * shape.tokens * config.train.gradient_accumulation_steps}
-    head_gradient = e * parameters.head  # tied, it waits for the embedding's share
+    # Tied, it waits for the embedding's share.
+    head_gradient = 0 if states.in_place and not config.model.tied_embeddings else e * parameters.head
     layers = config.model.layers
     between = states.between if config.train.gradient_accumulation_steps > 1 else {}
 
@@ -178,15 +191,30 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
                 parts[part] = parts.get(part, 0) + size
         return Moment(name, parts)
 
+    def reductions(which: str, waiting: _Waiting, more: int, activations: int) -> list[Moment]:
+        around = {"activations": activations, "gradients of activations": shape.stream}
+        return [
+            moment(f"reduction of gradients {which}", around, {"gradients": more + e * there, "buckets": ceil(states.copied * reduced)})
+            for there, reduced in waiting.reduced
+        ]
+
     moments = [
         moment("loss", between, {"activations": sum(kept)}, _named(loss_forward(shape))),
         moment("gradient of the loss", between, {"activations": sum(kept)}, _named(loss_backward(shape))),
         moment("optimizer step", states.step),
     ]
+    if states.in_place:
+        of_head, *_, of_embeddings = states.in_place
+        moments += reductions("of the head", of_head, 0, sum(kept)) + reductions("of the embeddings", of_embeddings, 0, 0)
+        gradients = {"gradients": head_gradient + e * of_embeddings.elements, "gradients of activations": shape.stream}
+        moments.append(moment("backward pass of the embeddings", gradients))
     for i in range(layers):
         before = sum(kept[:i])
         which = f"of block {i + 1} of {layers}"
-        waiting = states.waiting * (layers - i) if states.whole_gradients and not between else states.waiting
+        if states.in_place:
+            waiting = e * states.in_place[layers - i].elements
+        else:
+            waiting = states.waiting * (layers - i) if states.whole_gradients and not between else states.waiting
         gradients = {"gradients": head_gradient + waiting + between.get("gradients", 0)}
         backward = {
             "activations": before + kept[i],
@@ -201,7 +229,9 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
         moments.append(moment(f"backward pass {which}", states.backward, sums, within, gradients, backward))
         if config.attention.backend == STANDARD:
             moments.append(moment(f"forward pass {which}", {"activations": before, "attention's scores": eager_forward(shape)}))
-        if config.zero.stage == 3 or states.whole_gradients and i == 0:
+        if states.in_place:
+            moments += reductions(which, states.in_place[layers - i], head_gradient, before)
+        elif config.zero.stage == 3 or states.whole_gradients and i == 0:
             reduction = {"activations": before, "buckets": states.reduction}
             moments.append(moment(f"reduction of gradients {which}", states.backward, sums, gradients, reduction))
     return Estimate(tuple(moments), states.host | _host_activations(config, shape))
@@ -339,30 +369,54 @@ def _stage_1_and_2(config: Config, parameters: Parameters, processes: int) -> _S
 
 
 def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
-    """Shares of parameters, of sums and of states, each parameter cut on its own; parameters that stay gathered; a bucket of reduce_dtype.
+    """Shares of parameters, of sums and of states, each parameter cut on its own; parameters that stay gathered.
 
-    A parameter larger than the bucket is reduced by itself, in a copy. One process gathers nothing, unless its parameters wait on the host.
+    One process gathers nothing, unless its parameters wait on the host. Without offload gradients are reduced, and the step taken, by
+    ``training.zero3_step``; with it there is a bucket of reduce_dtype, and a parameter larger than that is reduced by itself, in a copy.
     """
     e, zero = element_size(config), config.zero
     state = 2 if config.train.bf16_states else FP32
     communicated = 2 if zero.reduce_dtype == "bf16" else FP32
     share = parameters.shard(processes)
-    offload, waiting = zero.offload_optimizer == "cpu", zero.offload_parameters == "cpu"
-    gathered = e * parameters.kept_gathered() if processes > 1 or waiting else 0
+    offload, on_host = zero.offload_optimizer == "cpu", zero.offload_parameters == "cpu"
+    gathered = e * parameters.kept_gathered(zero.reuse_distance) if processes > 1 or on_host else 0
+    # Gathered parameters are let go before the step, all but the small ones.
+    small = e * sum(n for n in parameters.each if n < zero.persistence_threshold) if gathered else 0
+    always, step = {"gathered parameters": gathered}, {"gathered parameters": small - gathered}
+    states = {"optimizer states": state * share + _moments(config, parameters, share, state), "gradients": state * share}
+    if not offload:
+        # The ranks' gradients side by side, this one's sums, and those once more where they are converted.
+        copied = communicated + (communicated + (state if state != communicated else 0)) / processes
+        step["workspace"] = _muon_step(config, parameters, share)
+        in_place = _in_place(config, parameters)
+        return _States(always | states | {"parameters": e * share}, 0, 0, step, in_place=in_place, copied=copied)
     large = [n for n in parameters.each if n > zero.reduce_bucket_size]
     collected = min(zero.reduce_bucket_size, parameters.total)
     reduction = max(communicated * collected, (communicated if communicated != e else 0) * max(large, default=0))
-    sub_group = min(share, SUB_GROUP_SIZE)
-    always = {"buckets": communicated * zero.reduce_bucket_size, "gathered parameters": gathered}
-    on_device = {"optimizer states": state * share + _moments(config, parameters, share, state), "gradients": state * share}
-    here, host = ({}, on_device | {"gradients": 2 * state * share}) if offload else (on_device, {})
-    (host if waiting else here)["parameters"] = e * share
-    norm = NORM_BYTES * ceil(parameters.largest / processes)
-    step = {} if offload else {"gradients": max(state * sub_group, norm), "workspace": _muon_step(config, parameters, share)}
-    # Gathered parameters are let go before the step, all but the small ones.
-    small = e * sum(n for n in parameters.each if n < zero.persistence_threshold) if gathered else 0
-    step["gathered parameters"] = small - gathered
-    return _States(always | here, e * sum(parameters.block), reduction, step, host=host)
+    always["buckets"] = communicated * zero.reduce_bucket_size
+    host = states | {"gradients": 2 * state * share}
+    (host if on_host else always)["parameters"] = e * share
+    return _States(always, e * sum(parameters.block), reduction, step, host=host)
+
+
+def _in_place(config: Config, parameters: Parameters) -> tuple[_Waiting, ...]:
+    """Of the head and the final norm, of each block from the last to the first, and of the embeddings, as the backward pass meets them."""
+    first = 2 if config.model.positions == "learned" else 1
+    last = parameters.outside[first:]
+    stretches = [last[::-1], *[parameters.block] * parameters.layers, parameters.outside[:first][::-1]]
+    filled, found = 0, []
+    for number, lengths in enumerate(stretches, start=1):
+        there = waiting = filled + sum(lengths)
+        reduced = []
+        for length in lengths:
+            if filled and filled + length > config.zero.reduce_bucket_size:
+                reduced.append((waiting, filled))
+                waiting, filled = waiting - filled, 0
+            filled += length
+        if number == len(stretches):
+            reduced.append((waiting, filled))
+        found.append(_Waiting(there, tuple(reduced)))
+    return tuple(found)
 
 
 # --- What fits, and what would help -----------------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import loss
 from model.checkpointing import Checkpointing
 from model.gpt import GPT
 from tests.allocations import as_on_a_gpu
 from tests.launching import deepspeed_run
-from training import activations, memory
+from training import memory
 from training.activations import Shape, block_keeps, checkpoint_keeps
 from training.config import load_config
 from training.distributed import LoneFault
@@ -27,7 +28,7 @@ LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu"
 ONE = "train.global_batch_size=1"
 FULL = "train.activation_checkpointing=full"
 DEEP = ["model.layers=6", "zero.prefetch_bucket_size=200000"]  # 1.2M parameters in blocks
-NEAR = 400_000
+NEAR = "zero.reuse_distance=400000"
 CASES = [
     ["zero.stage=3"],
     ["zero.stage=3", FEW_WORDS, "attention.backend=eager"],
@@ -50,9 +51,8 @@ def configure(*settings: str, processes: int = 1):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
-    usual = {"logits_at_once": activations.LOGITS_AT_ONCE, "reuse_distance": memory.MAX_REUSE_DISTANCE}
-    followed = [usual | {"settings": [*SMALL, *case]} for case in CASES]
-    followed += [usual | {"settings": SMALL, "logits_at_once": 65536}, usual | {"settings": [*SMALL, *DEEP], "reuse_distance": NEAR}]
+    followed = [{"settings": [*SMALL, *case], "logits_at_once": loss.LOGITS_AT_ONCE} for case in CASES]
+    followed += [followed[0] | {"logits_at_once": 65536}, followed[0] | {"settings": [*SMALL, *DEEP, NEAR]}]
     rows = [["gpt2-124m", 2, [*SMALL[:5], "attention.backend=sdpa", "zero.stage=2"]], ["gpt2-124m", 2, ["attention.backend=none_such"]]]
     (folder / "asked.json").write_text(json.dumps({"followed": followed, "rows": rows}))
     done = deepspeed_run("tests/training/memory_worker.py", folder / "asked.json", folder / "seen.json")
@@ -90,17 +90,15 @@ def test_the_loss_and_the_step_are_predicted_by_themselves(followed):
 
 
 def test_the_logits_of_a_part_of_the_tokens(followed, monkeypatch):
-    monkeypatch.setattr(activations, "LOGITS_AT_ONCE", 65536)
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 65536)
     whole, parts = followed[0]["forward"], followed[len(CASES)]["forward"]
     assert predicted(configure(processes=2), 2)["forward"] == pytest.approx(parts, rel=0.01) and parts < whole
 
 
-def test_blocks_that_are_used_again_too_late_are_let_go(followed, monkeypatch):
-    config = configure(*DEEP, processes=2)
-    everything = predicted(config, 2)
-    monkeypatch.setattr(memory, "MAX_REUSE_DISTANCE", NEAR)
+def test_blocks_that_are_used_again_too_late_are_let_go(followed):
+    everything, near = (predicted(configure(*DEEP, *distance, processes=2), 2) for distance in ([], [NEAR]))
     for phase in ("forward", "backward"):
-        assert predicted(config, 2)[phase] == pytest.approx(followed[-1][phase], rel=0.01)
+        assert near[phase] == pytest.approx(followed[-1][phase], rel=0.01)
         assert followed[-1][phase] < 0.95 * everything[phase]
 
 
@@ -251,7 +249,7 @@ def test_the_summary_says_peak_fit_and_what_helps():
 @pytest.mark.parametrize(
     "settings, allocated, part",
     [
-        ((), 2**37, "activations"),
+        ((), 2**37, "logits"),
         ((), 2**30, "optimizer states"),
         (
             (
