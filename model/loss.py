@@ -10,24 +10,27 @@ LOGITS_AT_ONCE = 2**29  # 1 GiB in bf16; each part of them reads and writes the 
 def linear_cross_entropy(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignored: int) -> torch.Tensor:
     """The summed cross-entropy in nats, a float32 scalar, of the logits x @ weight.T, without those whose label is ``ignored``.
 
-    ``tokens_at_once`` at a time, and at once their gradients, which need the very same logits: the
-    backward pass only scales them.
+    ``tokens_at_once`` at a time, and at once their gradients, which need the very same logits: the backward pass only scales them.
+    Where no gradient is asked for, as in evaluation, there is no product but the logits'.
 
     Args:
         x: [tokens, hidden].
         weight: [vocabulary, hidden], of x's dtype.
         labels: int64 [tokens].
     """
-    return _LinearCrossEntropy.apply(x, weight, labels, ignored)
+    # Asked here: inside the function gradients are always off, and under no_grad it would still be told that its inputs need them.
+    gradients = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(x, weight, labels, ignored, gradients)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, labels, ignored):
+    def forward(ctx, x, weight, labels, ignored, gradients):
         loss = torch.zeros((), dtype=torch.float32, device=x.device)
-        if not any(ctx.needs_input_grad):
+        if not gradients:
             for some, their_labels in _parts(x, weight, labels):
-                loss += _loss(some @ weight.T, their_labels, ignored)[0]
+                # The kernel of training: a second one would have to be compiled, and eager steps hold five times the logits.
+                loss += _loss_and_gradient(x.device.type)(some @ weight.T, their_labels, ignored)[0]
             return loss
         gradient_of_x, gradient_of_weight = [], torch.zeros_like(weight, dtype=torch.float32)
         for some, their_labels in _parts(x, weight, labels):
@@ -43,7 +46,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         of_x, of_weight = ctx.saved_tensors
-        return (of_x * scale).to(of_x.dtype), (of_weight * scale).to(ctx.dtype), None, None
+        return (of_x * scale).to(of_x.dtype), (of_weight * scale).to(ctx.dtype), None, None, None
 
 
 def tokens_at_once(vocabulary: int) -> int:
@@ -56,19 +59,14 @@ def _parts(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor):
     return zip(x.split(tokens), labels.split(tokens), strict=True)
 
 
-def _loss(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(summed loss, which labels count, log-probabilities), of logits [tokens, vocabulary]."""
+def _eager_loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(summed loss, its gradient, of logits' dtype: softmax less one at the label, 0 where the label does not count)."""
     counts = labels != ignored
     log_p = logits.float().log_softmax(-1)
     of_labels = log_p.gather(1, labels.where(counts, 0)[:, None])[:, 0]
-    return -of_labels.where(counts, 0.0).sum(), counts, log_p
-
-
-def _eager_loss_and_gradient(logits: torch.Tensor, labels: torch.Tensor, ignored: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(summed loss, its gradient, of logits' dtype): softmax less one at the label, 0 where the label does not count."""
-    loss, counts, log_p = _loss(logits, labels, ignored)
     at_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-    return loss, (log_p.exp() - at_label.float()).where(counts[:, None], 0.0).to(logits.dtype)
+    gradient = (log_p.exp() - at_label.float()).where(counts[:, None], 0.0).to(logits.dtype)
+    return -of_labels.where(counts, 0.0).sum(), gradient
 
 
 @cache

@@ -71,12 +71,13 @@ def test_extreme_logits_neither_overflow_nor_lose_the_loss():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation returns."""
+    """The most elements of any tensor that an operation returns, and how many operations were products of matrices."""
 
-    elements = 0
+    elements = products = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        self.products += function is torch.ops.aten.mm.default
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self.elements = max(self.elements, tensor.numel())
@@ -89,6 +90,13 @@ def test_all_logits_never_exist_at_once(monkeypatch):
     with Largest() as largest:
         linear_cross_entropy(x, weight, labels, IGNORED).backward()
     assert max(x.numel(), weight.numel()) <= largest.elements < 400 * VOCABULARY / 2
+
+
+@pytest.mark.parametrize("enabled, products", [(True, 3), (False, 1)])
+def test_where_no_gradient_is_asked_for_the_logits_are_the_only_product(enabled, products):
+    with Largest() as seen, torch.set_grad_enabled(enabled):
+        loss = linear_cross_entropy(*tensors(), IGNORED)
+    assert seen.products == products and loss.requires_grad is enabled
 
 
 @pytest.mark.gpu
