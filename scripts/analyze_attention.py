@@ -163,11 +163,10 @@ def standard_traffic(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Level:
-    """A level of a GPU's memory: bytes, bytes/s, cycles; None where no source was found."""
+    """A level of a GPU's memory: bytes, and bytes/s, None where no source was found."""
 
     capacity: int
     bandwidth: float | None
-    latency: int | None
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,6 @@ class Gpu:
     shared: int  # for each multiprocessor, the most of the pool that it shares with L1
     l2: Level
     dram: Level
-    shared_latency: int | None
     sources: str
 
     @property
@@ -190,26 +188,24 @@ class Gpu:
         lanes = 64 if "A100" in self.name else 128
         n = self.multiprocessors
         return {
-            "registers": Level(n * 256 * KIB, n * self.clock * lanes * 3 * FP32, None),
-            "shared memory": Level(n * self.shared, n * self.clock * 128, self.shared_latency),
+            "registers": Level(n * 256 * KIB, n * self.clock * lanes * 3 * FP32),
+            "shared memory": Level(n * self.shared, n * self.clock * 128),
             "L2": self.l2,
             "DRAM": self.dram,
         }
 
 
-_LATENCIES = "latencies: Luo et al. 2024, arXiv 2402.13499, their table of memory latencies, rounded to ten cycles"
 GPUS = (
-    Gpu("A100-SXM4-80GB", 108, 1.410e9, 164 * KIB, Level(40 * MIB, 5120 * 1.410e9, 260), Level(80 * GIB, 2.039e12, 470), 30,
-        f"NVIDIA A100 whitepaper (L2 5,120 bytes a clock) and datasheet; {_LATENCIES}"),
-    Gpu("H100 80GB HBM3", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9, 260), Level(80 * GIB, 3.35e12, 480), 30,
-        "NVIDIA H100 whitepaper and datasheet; L2: 8,986 GB/s in doi 10.1016/j.ultsonch.2023.106546, table 3; "
-        f"{_LATENCIES} (of the PCIe board)"),
-    Gpu("H200", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9, 260), Level(141 * GIB, 4.8e12, None), 30,
+    Gpu("A100-SXM4-80GB", 108, 1.410e9, 164 * KIB, Level(40 * MIB, 5120 * 1.410e9), Level(80 * GIB, 2.039e12),
+        "NVIDIA A100 whitepaper (L2 5,120 bytes a clock) and datasheet"),
+    Gpu("H100 80GB HBM3", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9), Level(80 * GIB, 3.35e12),
+        "NVIDIA H100 whitepaper and datasheet; L2: 8,986 GB/s in doi 10.1016/j.ultsonch.2023.106546, table 3"),
+    Gpu("H200", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9), Level(141 * GIB, 4.8e12),
         "NVIDIA H200 datasheet; the chip is H100's, and so are the levels above DRAM"),
-    Gpu("B200", 148, 1.965e9, 228 * KIB, Level(126 * MIB, None, None), Level(180 * GIB, 8.0e12, None), None,
-        "NVIDIA Blackwell datasheet (HGX B200); multiprocessors, L2, clock: Chips and Cheese 2025, which measured 150 ns to L2"),
-    Gpu("RTX 4090", 128, 2.520e9, 100 * KIB, Level(72 * MIB, None, 270), Level(24 * GIB, 1.008e12, 540), 30,
-        f"NVIDIA Ada GPU architecture whitepaper; {_LATENCIES}"),
+    Gpu("B200", 148, 1.965e9, 228 * KIB, Level(126 * MIB, None), Level(180 * GIB, 8.0e12),
+        "NVIDIA Blackwell datasheet (HGX B200); multiprocessors, L2, clock: Chips and Cheese 2025"),
+    Gpu("RTX 4090", 128, 2.520e9, 100 * KIB, Level(72 * MIB, None), Level(24 * GIB, 1.008e12),
+        "NVIDIA Ada GPU architecture whitepaper"),
 )  # fmt: skip
 
 
@@ -369,11 +365,10 @@ def hierarchy_table() -> str:
                     level,
                     size(of.capacity),
                     "-" if of.bandwidth is None else f"{of.bandwidth / TERA:.3g} TB/s",
-                    "-" if of.latency is None else f"{of.latency} cycles",
                 ]
             )
     return (
-        markdown(["GPU", "level", "capacity", "bandwidth", "latency"], rows)
+        markdown(["GPU", "level", "capacity", "bandwidth"], rows)
         + "\n\n"
         + "\n".join(f"- {gpu.name}: {gpu.sources}." for gpu in GPUS)
     )

@@ -6,6 +6,7 @@ and has predictions beside measured peaks. P parameters, N processes, e bytes an
 
 import contextlib
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,6 +35,7 @@ from training.distributed import LoneFault
 GIB = 2**30
 BLOCK = 512  # bytes: sizes are multiples of it in the allocator of PyTorch
 # DeepSpeed's defaults that no key of ours sets, in elements.
+MAX_LIVE = 1_000_000_000  # stage 3: no more is gathered ahead of its use with so much there
 ALLREDUCE_BUCKET = 500_000_000  # stages 0, and 1 in bf16
 NORM_BYTES = 8  # norms are taken in float64, a parameter at a time
 CUBLAS_WORKSPACE = 32 << 20  # what PyTorch reserves for cuBLAS on compute capability 9.0, the most of all
@@ -60,13 +62,15 @@ def capacity(device_name: str) -> int | None:
 class Parameters:
     """Elements of the model's parameters.
 
-    outside: of each parameter in no block; head: of the output projection, one of them; block: of each of one block's;
-    matrices: of all blocks'.
+    embeddings, norm: of each of those, norm being the final one; head: of the output projection, one of the embeddings if it is tied;
+    block: of each of one block's; matrices: of all blocks'.
     """
 
     layers: int
-    outside: tuple[int, ...]
+    embeddings: tuple[int, ...]
+    norm: tuple[int, ...]
     head: int
+    tied: bool
     block: tuple[int, ...]
     matrices: int
 
@@ -74,11 +78,15 @@ class Parameters:
     def of(cls, config: GPTConfig) -> "Parameters":
         with torch.device("meta"):
             model = GPT(config.model_copy(update={"layers": 1}))
-        block = tuple(p.numel() for p in model.blocks[0].parameters())
         matrices = config.layers * sum(layer.weight.numel() for layer in hidden_layers(model))
-        inside = {id(p) for p in model.blocks.parameters()}
-        outside = tuple(p.numel() for p in model.parameters() if id(p) not in inside)
-        return cls(config.layers, outside, model.head.weight.numel(), block, matrices)
+        embeddings = [each.weight.numel() for each in (model.token_embedding, model.position_embedding) if each is not None]
+        norm, block = (tuple(p.numel() for p in module.parameters()) for module in (model.final_norm, model.blocks[0]))
+        return cls(config.layers, tuple(embeddings), norm, model.head.weight.numel(), config.tied_embeddings, block, matrices)
+
+    @property
+    def outside(self) -> list[int]:
+        """Of the parameters in no block, as they are used."""
+        return [*self.embeddings, *self.norm, *([] if self.tied else [self.head])]
 
     @property
     def each(self) -> list[int]:
@@ -96,16 +104,64 @@ class Parameters:
         """Elements of one process's share when every parameter is cut, and padded, on its own (stage 3)."""
         return sum(ceil(n / processes) for n in self.each)
 
-    def kept_gathered(self, distance: int) -> int:
-        """Elements that stage 3 has gathered between the forward and the backward pass: those used again within ``distance``.
 
-        Seen from a block's end, what follows is the rest of the forward pass; then comes the whole model's own place in DeepSpeed's
-        trace, which counts for all parameters. Embeddings and head are found to be used again before any distance is counted.
-        """
-        block, after, blocks = sum(self.block), self.head, 0
-        while blocks < self.layers and after < distance:
-            blocks, after = blocks + 1, after + block
-        return sum(self.outside) + blocks * block
+@cache
+def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshold: int) -> tuple[int, int]:
+    """Elements that stage 3 has gathered at the loss, forward and backward, by zero.reuse_distance, prefetch_bucket_size, persistence_threshold.
+
+    As DeepSpeed goes through modules (partitioned_param_coordinator.py): before each it gathers ahead of it what is not there yet, and after
+    each it lets go of what is not used again within the distance, unless gathering ahead has passed over the next use because it was there.
+    To a block the whole model's own place in the order of modules counts for all parameters, to an embedding a block counts for none.
+    What is gathered ahead together comes in a buffer, is copied out of it at the first use of any, and the buffer stays to the last's.
+    """
+    sizes = parameters.each
+    count, width = len(parameters.outside), len(parameters.block)
+    embeddings = [[k] for k in range(len(parameters.embeddings))]
+    norm = [len(embeddings) + k for k in range(len(parameters.norm))]
+    blocks = [[count + i * width + k for k in range(width)] for i in range(parameters.layers)]
+    model, dropout, head = [], [], [0 if parameters.tied else count - 1]
+    forward = [model, *embeddings, dropout, *blocks, norm, head]
+    order = [*forward, model, head, norm, *reversed(blocks), dropout, *reversed(embeddings)]
+    small = {p for p, size in enumerate(sizes) if size < threshold}
+    there, passed, in_flight, copied = set(small), {}, {}, set()
+    queue = deque((p, step) for step, module in enumerate(order) for p in module)
+
+    def stays(p: int, block: bool, step: int) -> bool:
+        traversed = 0
+        for module in order[step:]:
+            if traversed >= distance:
+                return False
+            seen = range(len(sizes)) if block and module is model else [] if not block and module in blocks else module
+            if p in seen:
+                return True
+            traversed += sum(sizes[q] for q in seen)
+        return False
+
+    found = []
+    for step, module in enumerate(order[: len(forward) + 2], start=1):
+        there |= set(module)
+        copied |= {in_flight.pop(p) for p in module if p in in_flight}
+        awaited = {p for p in module if passed.get(p, 0) < step}
+        while queue and awaited:
+            p, used = queue.popleft()
+            passed[p] = used + 1
+            awaited.discard(p)
+        ahead, room = 0, min(max(distance, MAX_LIVE) - sum(sizes[p] for p in there - small), prefetch)
+        together = set()
+        while queue and ahead < room:
+            p, used = queue.popleft()
+            passed[p] = used + 1
+            if p not in there | together:
+                together.add(p)
+                ahead += sizes[p]
+        there |= together
+        in_flight |= dict.fromkeys(together, frozenset(together))
+        if module is head:
+            buffers = copied & set(in_flight.values())
+            found.append(sum(sizes[p] for p in there) + sum(sizes[p] for each in buffers for p in each))
+        there -= {p for p in module if p not in small and passed[p] <= step + 1 and not stays(p, module in blocks, step)}
+    at_loss, at_gradient = found
+    return at_loss, at_gradient
 
 
 @dataclass(frozen=True)
@@ -191,16 +247,18 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
                 parts[part] = parts.get(part, 0) + size
         return Moment(name, parts)
 
+    ahead = {part: size for part, size in states.backward.items() if part == "gathered parameters"}
+
     def reductions(which: str, waiting: _Waiting, more: int, activations: int) -> list[Moment]:
         around = {"activations": activations, "gradients of activations": shape.stream}
         return [
-            moment(f"reduction of gradients {which}", around, {"gradients": more + e * there, "buckets": ceil(states.copied * reduced)})
+            moment(f"reduction of gradients {which}", ahead, around, {"gradients": more + e * there, "buckets": ceil(states.copied * reduced)})
             for there, reduced in waiting.reduced
         ]
 
     moments = [
         moment("loss", between, {"activations": sum(kept)}, _named(loss_forward(shape))),
-        moment("gradient of the loss", between, {"activations": sum(kept)}, _named(loss_backward(shape))),
+        moment("gradient of the loss", between, ahead, {"activations": sum(kept)}, _named(loss_backward(shape))),
         moment("optimizer step", states.step),
     ]
     if states.in_place:
@@ -379,7 +437,9 @@ def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
     communicated = 2 if zero.reduce_dtype == "bf16" else FP32
     share = parameters.shard(processes)
     offload, on_host = zero.offload_optimizer == "cpu", zero.offload_parameters == "cpu"
-    gathered = e * parameters.kept_gathered(zero.reuse_distance) if processes > 1 or on_host else 0
+    ways = (zero.reuse_distance, zero.prefetch_bucket_size, zero.persistence_threshold)
+    at_loss, at_gradient = kept_gathered(parameters, *ways) if processes > 1 or on_host else (0, 0)
+    gathered, more = e * at_loss, {"gathered parameters": e * (at_gradient - at_loss)}
     # Gathered parameters are let go before the step, all but the small ones.
     small = e * sum(n for n in parameters.each if n < zero.persistence_threshold) if gathered else 0
     always, step = {"gathered parameters": gathered}, {"gathered parameters": small - gathered}
@@ -389,21 +449,20 @@ def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
         copied = communicated + (communicated + (state if state != communicated else 0)) / processes
         step["workspace"] = _muon_step(config, parameters, share)
         in_place = _in_place(config, parameters)
-        return _States(always | states | {"parameters": e * share}, 0, 0, step, in_place=in_place, copied=copied)
+        return _States(always | states | {"parameters": e * share}, 0, 0, step, more, in_place=in_place, copied=copied)
     large = [n for n in parameters.each if n > zero.reduce_bucket_size]
     collected = min(zero.reduce_bucket_size, parameters.total)
     reduction = max(communicated * collected, (communicated if communicated != e else 0) * max(large, default=0))
     always["buckets"] = communicated * zero.reduce_bucket_size
     host = states | {"gradients": 2 * state * share}
     (host if on_host else always)["parameters"] = e * share
-    return _States(always, e * sum(parameters.block), reduction, step, host=host)
+    return _States(always, e * sum(parameters.block), reduction, step, more, host)
 
 
 def _in_place(config: Config, parameters: Parameters) -> tuple[_Waiting, ...]:
     """Of the head and the final norm, of each block from the last to the first, and of the embeddings, as the backward pass meets them."""
-    first = 2 if config.model.positions == "learned" else 1
-    last = parameters.outside[first:]
-    stretches = [last[::-1], *[parameters.block] * parameters.layers, parameters.outside[:first][::-1]]
+    first = parameters.outside[: len(parameters.embeddings) - 1 : -1]
+    stretches = [first, *[parameters.block] * parameters.layers, parameters.embeddings[::-1]]
     filled, found = 0, []
     for number, lengths in enumerate(stretches, start=1):
         there = waiting = filled + sum(lengths)
