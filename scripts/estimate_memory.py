@@ -31,6 +31,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 
 from training.config import Config, ConfigError, load_config  # noqa: E402
+from training.distributed import UserFault  # noqa: E402
 from training.files import write_atomically  # noqa: E402
 from training.flops import compute_capability, known_gpus  # noqa: E402
 from training.memory import GIB, Estimate, Moment, estimate, summary  # noqa: E402
@@ -40,6 +41,7 @@ NO_CHECKPOINTING = "train.activation_checkpointing=none"
 FULL = "train.activation_checkpointing=full"
 SELECTIVE = "train.activation_checkpointing=selective"
 OFFLOAD = "zero.offload_optimizer=cpu"
+COMPILED = "train.compile=true"  # else a row's blocks are as written, which is what is predicted
 # processes -> (configuration, settings); micro batch by its first number. The most telling come first.
 ROWS = {
     1: (
@@ -56,6 +58,7 @@ ROWS = {
         ("gpt2-124m", 1, NO_CHECKPOINTING, "model.sequence_length=32768", "attention.backend=triton"),
         ("gpt2-124m", 32, "train.activation_checkpointing=deepspeed"), ("gpt2-355m", 8, SELECTIVE, OFFLOAD),
         ("gpt2-124m", 16, OFFLOAD, "zero.offload_parameters=cpu"), ("gpt2-124m", 16, OFFLOAD, "zero.stage=2"),
+        ("gpt2-124m", 16, NO_CHECKPOINTING, COMPILED), ("llama-160m", 16, NO_CHECKPOINTING, COMPILED), ("gpt-1.3b", 8, FULL, COMPILED),
     ),
     2: (
         ("gpt-1.3b", 8, FULL), ("gpt2-124m", 16, "zero.stage=3"), ("gpt2-124m", 16, "zero.stage=2"), ("gpt2-124m", 16, "zero.stage=1"),
@@ -63,7 +66,8 @@ ROWS = {
         ("gpt2-774m", 8, SELECTIVE, "zero.stage=2"), ("gpt2-355m", 16, "zero.stage=1", "train.precision=fp16"),
         ("gpt2-355m", 8, "train.bf16_states=true", "zero.reduce_dtype=bf16"), ("gpt2-355m", 8, FULL, "train.precision=fp32"),
         ("gpt2-124m", 8, "optimizer.name=muon"), ("gpt-1.3b", 16, FULL, "zero.reduce_bucket_size=10000000"),
-        ("gpt2-355m", 8, OFFLOAD, "zero.offload_parameters=cpu"),
+        ("gpt2-355m", 8, OFFLOAD, "zero.offload_parameters=cpu"), ("gpt-1.3b", 4, NO_CHECKPOINTING, COMPILED),
+        ("gpt-1.3b", 4, FULL, "zero.reuse_distance=0", "zero.prefetch_bucket_size=50000000", "zero.persistence_threshold=0"),
     ),
 }  # fmt: skip
 
@@ -79,14 +83,11 @@ def main(arguments: list[str] | None = None) -> int:
         config, notes = load_config(
             options.config, options.overrides, world_size=options.gpus, assumed_gpu=compute_capability(options.gpu_name)
         )
-    except ConfigError as error:
+        found = estimate(config, options.gpus)
+    except (ConfigError, UserFault) as error:
         print(error, file=sys.stderr)
         return 2
-    print(
-        "\n".join(
-            [*notes, *summary(config, options.gpus, options.gpu_name), *speed(config, options), *moments(estimate(config, options.gpus))]
-        )
-    )
+    print("\n".join([*notes, *summary(config, options.gpus, options.gpu_name), *speed(config, options), *moments(found)]))
     return 0
 
 
@@ -207,7 +208,7 @@ def measured_row(name: str, micro: int, settings: list[str], world: int) -> dict
     batch = [f"train.micro_batch_size={micro}", "train.gradient_accumulation_steps=1", "train.global_batch_size=null"]
     row = {"config": name, "micro_batch": micro, "settings": settings, "gpus": world}
     try:
-        config, _ = load_config(ROOT / "configs" / f"{name}.yaml", [*batch, *settings], world_size=world)
+        config, _ = load_config(ROOT / "configs" / f"{name}.yaml", [*batch, "train.compile=false", *settings], world_size=world)
     except ConfigError as error:  # what this machine has not, on every rank
         return row | {"left_out": str(error), "seconds": 0.0}
     predicted = estimate(config, world)

@@ -1,7 +1,8 @@
 """What a run needs: peak memory of a GPU by part, the host's memory with offload, and what would lower it; before any GPU is touched.
 
 DeepSpeed's share is that of version 0.19.8, read from its source and followed allocation by allocation on CPUs; docs/memory.md derives it,
-and has predictions beside measured peaks. P parameters, N processes, e bytes an element of the model.
+and has predictions beside measured peaks. P parameters, N processes, e bytes an element of the model. Blocks are those of the project's own
+GPT as they are written: what ``train.compile`` keeps of them the compiler decides.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from training.activations import (
 )
 from training.compositions import faults
 from training.config import Config
-from training.distributed import LoneFault
+from training.distributed import LoneFault, UserFault
 
 GIB = 2**30
 BLOCK = 512  # bytes: sizes are multiples of it in the allocator of PyTorch
@@ -39,6 +40,7 @@ MAX_LIVE = 1_000_000_000  # stage 3: no more is gathered ahead of its use with s
 ALLREDUCE_BUCKET = 500_000_000  # stages 0, and 1 in bf16
 NORM_BYTES = 8  # norms are taken in float64, a parameter at a time
 CUBLAS_WORKSPACE = 32 << 20  # what PyTorch reserves for cuBLAS on compute capability 9.0, the most of all
+NOT_OURS = "model.huggingface: memory is predicted of the project's own GPT alone; train some steps and read it in metrics.jsonl"
 CONTEXT = 0.07  # share of a GPU's memory that the CUDA context, NCCL's buffers and the allocator's gaps take
 
 
@@ -107,10 +109,12 @@ class Parameters:
 
 @cache
 def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshold: int) -> tuple[int, int]:
-    """Elements that stage 3 has gathered at the loss, forward and backward, by zero.reuse_distance, prefetch_bucket_size, persistence_threshold.
+    """Elements that stage 3 has gathered at the loss, forward and backward.
 
-    As DeepSpeed goes through modules (partitioned_param_coordinator.py): before each it gathers ahead of it what is not there yet, and after
-    each it lets go of what is not used again within the distance, unless gathering ahead has passed over the next use because it was there.
+    distance, prefetch, threshold: zero.reuse_distance, prefetch_bucket_size and persistence_threshold.
+
+    As DeepSpeed goes through modules (partitioned_param_coordinator.py): before each it gathers ahead what is not there yet, and after each
+    it lets go of what is not used again within the distance, unless gathering ahead has passed over the next use because it was there.
     To a block the whole model's own place in the order of modules counts for all parameters, to an embedding a block counts for none.
     What is gathered ahead together comes in a buffer, is copied out of it at the first use of any, and the buffer stays to the last's.
     """
@@ -155,10 +159,10 @@ def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshol
                 together.add(p)
                 ahead += sizes[p]
         there |= together
-        in_flight |= dict.fromkeys(together, frozenset(together))
+        in_flight |= dict.fromkeys(together, (step, frozenset(together)))
         if module is head:
             buffers = copied & set(in_flight.values())
-            found.append(sum(sizes[p] for p in there) + sum(sizes[p] for each in buffers for p in each))
+            found.append(sum(sizes[p] for p in there) + sum(sizes[p] for _, each in buffers for p in each))
         there -= {p for p in module if p not in small and passed[p] <= step + 1 and not stays(p, module in blocks, step)}
     at_loss, at_gradient = found
     return at_loss, at_gradient
@@ -225,10 +229,16 @@ class _States:
 
 
 def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPACE) -> Estimate:
-    """Peak memory of a step on each of so many GPUs, for a resolved configuration.
+    """Peak memory of a step on each of so many GPUs, for a resolved configuration; blocks are as written, also under ``train.compile``.
 
-    workspace: bytes that libraries reserve through PyTorch's allocator.
+    Args:
+        workspace: bytes that libraries reserve through PyTorch's allocator.
+
+    Raises:
+        UserFault: another model than the project's own GPT (``model.huggingface``).
     """
+    if config.model.huggingface is not None:
+        raise UserFault(NOT_OURS)
     e = element_size(config)
     shape = Shape(config.model, config.attention, config.train.micro_batch_size, e)
     parameters = _parameters(config.model.model_dump_json(include=set(GPTConfig.model_fields)))
@@ -250,9 +260,9 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
     ahead = {part: size for part, size in states.backward.items() if part == "gathered parameters"}
 
     def reductions(which: str, waiting: _Waiting, more: int, activations: int) -> list[Moment]:
-        around = {"activations": activations, "gradients of activations": shape.stream}
+        around = ahead | {"activations": activations, "gradients of activations": shape.stream}
         return [
-            moment(f"reduction of gradients {which}", ahead, around, {"gradients": more + e * there, "buckets": ceil(states.copied * reduced)})
+            moment(f"reduction of gradients {which}", around, {"gradients": more + e * there, "buckets": int(states.copied * reduced)})
             for there, reduced in waiting.reduced
         ]
 
@@ -560,8 +570,12 @@ def parts_of(parts: dict[str, int]) -> str:
 
 def summary(config: Config, processes: int, device_name: str) -> list[str]:
     """Lines: the peak and its parts, the host's share, what fits on this device, which settings would help most."""
+    if config.model.huggingface is not None:
+        return [f"memory {NOT_OURS}"]
     found, available = estimate(config, processes), capacity(device_name)
-    lines = [f"memory {gib(found.peak.bytes)} on each GPU at the peak, which is the {found.peak.name}: {parts_of(found.peak.parts)}"]
+    compiled = "; for blocks as written: what compiled ones keep, train.compile, the compiler decides" if config.train.compile else ""
+    peak = found.peak
+    lines = [f"memory {gib(peak.bytes)} on each GPU at the peak, which is the {peak.name}: {parts_of(peak.parts)}{compiled}"]
     if found.host:
         lines.append(f"host   {gib(sum(found.host.values()))} for each process: {parts_of(found.host)}")
     if available is not None:
@@ -584,6 +598,9 @@ def explanation(config: Config, processes: int, failure: str, allocated: int) ->
 
     failure: PyTorch's message. allocated: bytes that tensors held then.
     """
+    met = f"out of GPU memory: {failure.split('. GPU')[0]}, with {gib(allocated)} in tensors. "
+    if config.model.huggingface is not None:
+        return f"{met}A smaller train.micro_batch_size, train.activation_checkpointing=full or more GPUs take less; {NOT_OURS}"
     peak = estimate(config, processes).peak
     fixed = {part: size for part, size in peak.parts.items() if part in FIXED}
     grown = {part: size for part, size in peak.parts.items() if part not in FIXED}
@@ -593,8 +610,7 @@ def explanation(config: Config, processes: int, failure: str, allocated: int) ->
     helpful = savings(config, processes)[:3]
     remedy = "".join(f"\n  {told(settings)}: {gib(saved)} less" for settings, saved in helpful)
     return (
-        f"out of GPU memory: {failure.split('. GPU')[0]}, with {gib(allocated)} in tensors. "
-        f"The part that grew: {part}, {gib(candidates[part])} of "
+        f"{met}The part that grew: {part}, {gib(candidates[part])} of "
         f"{gib(peak.bytes)} that a step needs (predicted, at its peak, the {peak.name}: {parts_of(peak.parts)})."
         + (f" What helps most, predicted:{remedy}" if helpful else " No setting of memory is left: use more GPUs, or a smaller model")
     )

@@ -16,7 +16,7 @@ from tests.launching import deepspeed_run
 from training import memory
 from training.activations import Shape, block_keeps, checkpoint_keeps
 from training.config import load_config
-from training.distributed import LoneFault
+from training.distributed import LoneFault, UserFault
 
 SMALL = [
     "model.layers=2", "model.hidden_size=128", "model.heads=2", "model.vocab_size=1024", "model.sequence_length=128",
@@ -28,7 +28,8 @@ LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu"
 ONE = "train.global_batch_size=1"
 FULL = "train.activation_checkpointing=full"
 DEEP = ["model.layers=6", "zero.prefetch_bucket_size=200000"]  # 1.2M parameters in blocks
-NEAR = "zero.reuse_distance=400000"
+NEAR = ["zero.reuse_distance=400000"]
+NEVER = ["zero.reuse_distance=0", "zero.prefetch_bucket_size=100000"]
 CASES = [
     ["zero.stage=3"],
     ["zero.stage=3", FEW_WORDS, "attention.backend=eager"],
@@ -52,7 +53,8 @@ def configure(*settings: str, processes: int = 1):
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
     followed = [{"settings": [*SMALL, *case], "logits_at_once": loss.LOGITS_AT_ONCE} for case in CASES]
-    followed += [followed[0] | {"logits_at_once": 65536}, followed[0] | {"settings": [*SMALL, *DEEP, NEAR]}]
+    followed.append(followed[0] | {"logits_at_once": 65536})
+    followed += [followed[0] | {"settings": [*SMALL, *DEEP, *distance]} for distance in (NEAR, NEVER)]
     rows = [["gpt2-124m", 2, [*SMALL[:5], "attention.backend=sdpa", "zero.stage=2"]], ["gpt2-124m", 2, ["attention.backend=none_such"]]]
     (folder / "asked.json").write_text(json.dumps({"followed": followed, "rows": rows}))
     done = deepspeed_run("tests/training/memory_worker.py", folder / "asked.json", folder / "seen.json")
@@ -95,10 +97,11 @@ def test_the_logits_of_a_part_of_the_tokens(followed, monkeypatch):
     assert predicted(configure(processes=2), 2)["forward"] == pytest.approx(parts, rel=0.01) and parts < whole
 
 
-def test_blocks_that_are_used_again_too_late_are_let_go(followed):
-    everything, near = (predicted(configure(*DEEP, *distance, processes=2), 2) for distance in ([], [NEAR]))
+def test_blocks_that_are_used_again_too_late_are_let_go_unless_gathering_ahead_has_passed_them(followed):
+    everything, near, never = (predicted(configure(*DEEP, *distance, processes=2), 2) for distance in ([], NEAR, NEVER))
     for phase in ("forward", "backward"):
-        assert near[phase] == pytest.approx(followed[-1][phase], rel=0.01)
+        for expected, peaks in zip((near, never), followed[-2:], strict=True):
+            assert expected[phase] == pytest.approx(peaks[phase], rel=0.01)
         assert followed[-1][phase] < 0.95 * everything[phase]
 
 
@@ -244,6 +247,18 @@ def test_the_summary_says_peak_fit_and_what_helps():
     assert len(less.split(";")) == 3
     lines = memory.summary(gpt("zero.offload_optimizer=cpu"), 2, "CPU")
     assert lines[1].startswith("host ") and len(lines) == 3, "of an unknown device nobody knows what fits"
+
+
+def test_another_model_is_refused_by_name_and_compiled_blocks_are_said_to_differ():
+    other = memory.changed(gpt(), {"model.huggingface": "a/b"})
+    with pytest.raises(UserFault, match="model.huggingface: memory is predicted of the project's own GPT alone"):
+        memory.estimate(other, 2)
+    (line,) = memory.summary(other, 2, "NVIDIA H200")
+    assert line.startswith("memory model.huggingface: ")
+    assert "GiB in tensors" in (told := memory.explanation(other, 2, "CUDA out of memory. GPU 0 has", 2**37)) and memory.NOT_OURS in told
+    for compiled in (True, False):
+        line = memory.summary(gpt(f"train.compile={str(compiled).lower()}"), 2, "NVIDIA H200")[0]
+        assert ("for blocks as written" in line) is compiled
 
 
 @pytest.mark.parametrize(
