@@ -22,5 +22,6 @@ fi
 if (($#)); then exec python -m pytest --durations=10 "$@"; fi
 # Two files at a time, the longest first, but for those that measure how soon something ends: these get the machine to themselves.
 alone=(tests/training/test_kills.py tests/training/test_reliability.py tests/training/test_tracking.py tests/test_*.py)
-python -m pytest --durations=10 -n 2 --dist loadfile tests/training/test_zero.py tests/training/test_checkpoints.py tests "${alone[@]/#/--ignore=}"
+longest=(tests/training/test_{zero,checkpoints,memory}.py tests/kernels/test_triton.py)
+python -m pytest --durations=10 -n 2 --dist loadfile "${longest[@]}" tests "${alone[@]/#/--ignore=}"
 exec python -m pytest --durations=10 "${alone[@]}"
