@@ -1,6 +1,7 @@
 """Blocks compiled by torch.compile: Inductor fuses norms, residuals, activation, rotary positions and dropout around products and attention."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ class _Forward:
     def __call__(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
         if not self.block.training:
             return self.forward(x, **context)
-        out = _compiled(self.forward, self.options, x, context)
+        out = _compiled()(self.forward, self.options, x, context)
         if self.policy is not None:
             self.policy.check()
         return out
@@ -53,5 +54,8 @@ def _run(forward: Callable, checkpointed: dict[str, Callable] | None, x: torch.T
     return checkpoint(forward, x, use_reentrant=False, **checkpointed, **context)
 
 
-# Whole or not at all: a break in the graph would cost the time that compiling is to save. Lengths do not change from step to step.
-_compiled = torch.compile(_run, fullgraph=True, dynamic=False)
+@cache
+def _compiled() -> Callable:
+    # At its first use: the compiler takes two seconds to import. Whole or not at all: a break in the graph would cost the time that compiling
+    # is to save. Lengths do not change from step to step.
+    return torch.compile(_run, fullgraph=True, dynamic=False)

@@ -1,5 +1,6 @@
 """DeepSpeed: its configuration generated from ours, the engine built, one optimizer step taken."""
 
+import importlib
 import math
 import os
 import shutil
@@ -157,6 +158,8 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     """
     train = config.train
     deepspeed.utils.nvtx.enable_nvtx = False  # marks for a profiler around thousands of calls a step
+    if train.compile or torch.cuda.is_available():  # where model.loss compiles in any case
+        importlib.import_module("torch._dynamo")  # for two seconds, and before zero.Init replaces what it looks at
     generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
     if config.model.huggingface is not None:
