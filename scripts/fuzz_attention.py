@@ -10,7 +10,7 @@ documents and tensors of its own. All follow from seed, number and the kind of d
 
 - output, log-sum-exp and every gradient are finite where they should be, and as close to float64 as RULE says;
 - what float64 says is exactly 0 in the output and in dV, as for queries that see nothing and keys that nobody sees, is exactly 0;
-- a second forward and backward pass gives the same bits, where both are asked to be deterministic.
+- a second forward and backward pass gives the same bits; of `hopper` also dQ, where both are asked to be deterministic.
 
 Each signature's cases run one after the other in one of --jobs processes, which share the work of compiling; a case that kills its process,
 or hangs it, fails alone. Exit code 0: all passed; 1: one failed; 2: nothing here can run them.
@@ -45,8 +45,7 @@ from kernels.attention.backends import INTERPRETED, TRITON_INSTALLED  # noqa: E4
 from training.tracking import collect_environment  # noqa: E402
 
 RULE = """error(kernel) <= 2 * error(beside) + eps(its dtype) / 4 * result + eps(float32) * 8 * terms + 1e-5, each the largest of its
-tensor. Beside is the worse of `eager` in the same dtype and of float64 that keeps O in that dtype and the log-sum-exp in float32, as
-FlashAttention does, by definition (what is lost of a log-sum-exp of 100 makes all of a row's P wrong by 4e-6). Terms are a
+tensor. Beside is the worse of `eager` in the same dtype and of float64 that keeps O in that dtype, as FlashAttention does. Terms are a
 gradient before delta is subtracted: where a query sees one key alone, they cancel out, and `eager` makes no error there. For the
 log-sum-exp, always float32: eps(float32) * 4 * result + 1e-5. The largest errors of few numbers scatter: a case that does not hold on one
 draw is judged on 16 together, so that no error is forgotten, but all are compared with what 16 draws bring beside; where a tensor has fewer
@@ -314,10 +313,9 @@ def results(backend: str, case: Case, given: Given, **further) -> dict[str, torc
 
 
 def references(case: Case, given: Given) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Results in float64; the gradients of float64 that keeps O in the case's dtype and L in float32; and those before delta is subtracted.
+    """Results in float64; the gradients of float64 that keeps O in the case's dtype; and those before delta is subtracted.
 
-    dS = P * (dP - delta), delta = rowsum(dO * O) - dL: what is added to delta is subtracted from the log-sum-exp's gradient dL, and a factor
-    of all of a row's P is one of its dO and dL.
+    dS = P * (dP - delta), delta = rowsum(dO * O) - dL: what is added to delta is subtracted from the log-sum-exp's gradient dL.
     """
     leaves, out, lse = call("eager", case, given, torch.float64, return_lse=True)
     dout = given.dout.double()
@@ -326,14 +324,10 @@ def references(case: Case, given: Given) -> tuple[dict[str, torch.Tensor], dict[
     if given.dlse is not None:
         exact["lse"] = lse.detach()
 
-    def with_delta_of(o, p_factor=None):
-        of_out, of_lse = dout, dlse - (dout * (o - out.detach())).sum(-1).transpose(1, 2)
-        if p_factor is not None:
-            of_out, of_lse = of_out * p_factor.transpose(1, 2).unsqueeze(-1), of_lse * p_factor
-        return gradients(case, leaves, (out, lse), (of_out, of_lse), retain_graph=True)
+    def with_delta_of(o):
+        return gradients(case, leaves, (out, lse), (dout, dlse - (dout * (o - out.detach())).sum(-1).transpose(1, 2)), retain_graph=True)
 
-    lost = lse.detach() - lse.detach().float()
-    rounded = with_delta_of(exact["out"].to(given.dout.dtype).double(), lost.nan_to_num(0.0).exp())  # NaN: where nothing is seen
+    rounded = with_delta_of(exact["out"].to(given.dout.dtype).double())
     rounded = {name: x.to(given.leaves["sinks"].dtype if name == "dsinks" else given.dout.dtype) for name, x in rounded.items()}
     return exact, rounded, with_delta_of(0.0)
 
@@ -417,7 +411,7 @@ def compare(draws: Iterable[Outcome], times: float = 2) -> tuple[list[str], dict
 
 
 def judge(backend: str, case: Case, device: str) -> tuple[list[str], dict[str, float], int]:
-    """As `compare`; a fault, too, is a second deterministic pass that gives other bits."""
+    """As `compare`; a fault, too, is a second pass that gives other bits."""
 
     def outcome(draw: int) -> Outcome:
         tensors = given(case, draw, device)
@@ -426,8 +420,10 @@ def judge(backend: str, case: Case, device: str) -> tuple[list[str], dict[str, f
 
     faults, worst, draws = compare(map(outcome, count()))
     if "deterministic" in BACKENDS[backend].features:
-        first, second = (results(backend, case, given(case, 0, device), deterministic=True) for _ in range(2))
-        faults += [f"{name} has other bits the second time" for name in first if not torch.equal(first[name], second[name])]
+        for asked in (False, True):
+            first, second = (results(backend, case, given(case, 0, device), deterministic=asked) for _ in range(2))
+            free = {"dq"} if backend == "hopper" and not asked else set()  # added up in any order
+            faults += [f"{name} has other bits the second time" for name in first.keys() - free if not torch.equal(first[name], second[name])]
     return faults, worst, draws
 
 

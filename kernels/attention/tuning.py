@@ -71,6 +71,7 @@ _HALF_WITH_SCORE_FEATURES["sm_100"] = _HALF_WITH_SCORE_FEATURES["sm_90"]
 _HALF_BOUNDED = {
     "sm_90": {
         "forward": {16: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)},
+        "dkdv": {128: Tile(64, 128, 8, 2)},  # a third stage would spill
     },
 }
 _INTERPRETER = Tile(32, 16, 4, 1)  # small and unequal: a few dozen rows already have diagonal, full and tail tiles
@@ -111,10 +112,10 @@ def tile_for(arch: str, which: str, dtype: torch.dtype, head_dim: int, score_fea
     if dtype is torch.float32:
         return _FLOAT32[which][row]
     tiles = _HALF[arch][which]
-    if score_features:
-        tiles = tiles | _HALF_WITH_SCORE_FEATURES[arch].get(which, {})
     if bounded:
         tiles = tiles | _HALF_BOUNDED.get(arch, {}).get(which, {})
+    if score_features:
+        tiles = tiles | _HALF_WITH_SCORE_FEATURES[arch].get(which, {})
     return tiles[row]
 
 

@@ -89,8 +89,8 @@ def run(backend: str, case: Case, q, k, v, dout, dlse=None) -> dict[str, torch.T
 
 
 def with_rounded_output(case: Case, exact: dict[str, torch.Tensor], q, k, v, dout, dlse=None) -> dict[str, torch.Tensor]:
-    """The gradients of float64 arithmetic that stores what FlashAttention does, O in the dtype of the inputs and the log-sum-exp in float32:
-    delta = rowsum(dO * O) and P are then as inexact as these, which plain PyTorch's gradients are not."""
+    """The gradients of float64 arithmetic that stores what FlashAttention does, O, in the dtype of the inputs: delta = rowsum(dO * O) is
+    then as inexact as O, which plain PyTorch's gradients are not."""
     dtype = q.dtype
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     torch.manual_seed(DROPOUT_SEED)
@@ -99,12 +99,12 @@ def with_rounded_output(case: Case, exact: dict[str, torch.Tensor], q, k, v, dou
     dlse = torch.zeros_like(lse) if dlse is None else dlse.double()
     with torch.no_grad():
         *inputs, _, lse = node.saved_tensors
-        *gradients, dsinks = _tiled_backward(*inputs, exact["out"].to(dtype).double(), lse.float().double(), dout, dlse, node.rules)
+        *gradients, dsinks = _tiled_backward(*inputs, exact["out"].to(dtype).double(), lse, dout, dlse, node.rules)
     return {name: x.to(dtype) for name, x in zip(("dq", "dk", "dv"), gradients)} | ({} if dsinks is None else {"dsinks": dsinks})
 
 
 def check(backend: str, case: Case, *, with_lse: bool = False, tensors=None, times: float = 2, read=None) -> None:
-    """error(backend) <= times * error(PyTorch in this dtype, or float64 with O in this dtype and L in float32), in every tensor, for `tensors` (default:
+    """error(backend) <= times * error(PyTorch in this dtype, or float64 with O in this dtype), in every tensor, for `tensors` (default:
     fresh ones), by the rule of scripts/fuzz_attention.py. read: what the hardware makes of its operands; float64 arithmetic of tensors so
     read then stands beside, too.
     """
