@@ -14,6 +14,8 @@ from kernels.attention.tuning import compute_capability, read_compute_capability
 
 __all__ = ["BACKENDS", "alibi_slopes", "attention", "attention_packed", "choose", "unsupported"]
 
+LN_2 = math.log(2)  # our kernels' log-sum-exps are of base 2
+
 
 def attention(
     q: torch.Tensor,
@@ -133,7 +135,7 @@ def _attend(
     # Autocast would change some operations of some backends: all of them compute in the dtype that they are given.
     with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
         if packed is not None and backend == "triton":
-            out, lse = _triton_packed(packed, q.shape[2], k.shape[2], rules, sinks)
+            out, lse = _triton_packed(packed, q.shape[2], k.shape[2], rules, sinks, return_lse)
         else:
             out, lse = _IMPLEMENTATIONS[backend](q, k, v, rules=rules, sinks=sinks, return_lse=return_lse)
     return (out, lse) if return_lse else out
@@ -229,13 +231,14 @@ def _triton(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.triton_forward import attention_forward
 
     out, lse = attention_forward(q, k, v, rules.causal, rules.scale, *_triton_features(rules, sinks))
-    return out, lse if return_lse else None
+    return out, lse * LN_2 if return_lse else None
 
 
-def _triton_packed(packed, heads, kv_heads, rules, sinks):
+def _triton_packed(packed, heads, kv_heads, rules, sinks, return_lse):
     from kernels.attention.triton_packed import attention_packed_forward
 
-    return attention_packed_forward(packed, heads, kv_heads, rules.causal, rules.scale, *_triton_features(rules, sinks))
+    out, lse = attention_packed_forward(packed, heads, kv_heads, rules.causal, rules.scale, *_triton_features(rules, sinks))
+    return out, lse * LN_2 if return_lse else None
 
 
 def _triton_features(rules, sinks):
@@ -249,7 +252,7 @@ def _hopper(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.hopper_forward import attention_forward
 
     out, lse = attention_forward(q, k, v, rules.causal, rules.scale, rules.deterministic)
-    return out, lse if return_lse else None
+    return out, lse * LN_2 if return_lse else None
 
 
 def _flex(q, k, v, **options):

@@ -73,7 +73,6 @@ QUERIES = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
 Q_SLOTS = gl.constexpr(2)
 ITEM_FIELDS = gl.constexpr(4)  # batch, head, first query; a power of two
 LAZY_GROWTH = gl.constexpr(8.0)  # of a row's maximum, base 2, that changes nothing: P stays below 2^8, and its relative rounding the same
-LN_2 = gl.constexpr(math.log(2))
 L2_FOR_KEYS = 32 << 20  # bytes of K and V that stay in L2 (50 MB on an H100) beside the Q and O that stream through
 # What a trace notes of each tile of keys. An item is taken at its first tile and stored at its last.
 EVENTS = (
@@ -488,7 +487,7 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
             tma.async_copy_shared_to_global(out_desc, [batch, head, first_query, 0], out)  # rows past the end are not written
             query_M = first_query + gl.arange(0, QUERIES, gl.SliceLayout(1, s_layout))
             row_M = (batch * out_desc.shape[1] + head).to(gl.int64) * problem.seq_q + query_M
-            gl.store(lse + row_M, (max_M + gl.log2(sum_M)) * LN_2, mask=query_M < problem.seq_q)
+            gl.store(lse + row_M, max_M + gl.log2(sum_M), mask=query_M < problem.seq_q)
 
         problem.mark(INDEX, ITEM_STORED, step - 1)
         taken += 1
@@ -628,7 +627,7 @@ def new_trace(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
     "hopper_attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool deterministic=False) -> (Tensor, Tensor)", outputs
 )
 def attention_forward(q, k, v, causal, scale, deterministic=False):
-    """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
+    """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, of base 2) of the tensors that `attention` describes.
 
     float16 or bfloat16, head_dim 64 or 128. Strided tensors are read in place where TMA can: every row aligned to 16 bytes, the last
     dimension dense; others are copied. deterministic: the gradients come from the portable kernels, which add up in a fixed order.

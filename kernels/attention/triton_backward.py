@@ -36,14 +36,14 @@ ROWS_PER_PROGRAM = 64  # of the first kernel, which is bound by memory alone
 
 @triton.jit
 def row_kernel(
-    dout, dlse, out, lse, lse_log2, delta,
+    dout, dlse, out, lse, padded_lse, delta,
     heads, seq_q, rows, log2_e,
     dout_batch, dout_row, dout_head, out_batch, out_row, out_head,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """lse_log2 = L log2(e) and delta = rowsum(dO * O) - dL (0 where L is -inf), both [batch, heads, rows] float32, 0 from seq_q on.
+    """delta = rowsum(dO * O) - dL, where L, the log-sum-exp of base e, is lse / log2(e), and dlse may be None; 0 where L is -inf.
 
-    dlse may be None.
+    [batch, heads, rows] float32, 0 from seq_q on, and so is padded_lse, or None where rows is seq_q.
     """
     tiles = tl.cdiv(rows, BLOCK_M)
     first_query = tl.program_id(0) % tiles * BLOCK_M
@@ -56,13 +56,14 @@ def row_kernel(
     query_M = first_query + tl.arange(0, BLOCK_M)
     row_M = batch_head * seq_q + query_M
     if dlse is not None:
-        delta_M -= tl.load(dlse + row_M, mask=query_M < seq_q, other=0.0)
+        delta_M -= tl.load(dlse + row_M, mask=query_M < seq_q, other=0.0) * log2_e
     lse_M = tl.load(lse + row_M, mask=query_M < seq_q, other=0.0)
     # A query that saw nothing has P = 0, but 0 * NaN is NaN, and the gradient of its -inf may be that (logaddexp's is).
     delta_M = tl.where(lse_M == -float("inf"), 0.0, delta_M)
     row_M = batch_head * rows + query_M
     tl.store(delta + row_M, delta_M, mask=query_M < rows)
-    tl.store(lse_log2 + row_M, lse_M * log2_e, mask=query_M < rows)
+    if padded_lse is not None:
+        tl.store(padded_lse + row_M, lse_M, mask=query_M < rows)
 
 
 @triton.jit
@@ -270,16 +271,17 @@ def dq_kernel(
 
 
 def launch_rows(dout, dlse, out, lse, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lse_log2, delta), float32 [batch, heads, rows], rows at least seq_q; the last dimensions of dout and out are dense."""
+    """(lse, delta), float32 [batch, heads, rows], rows at least seq_q, lse of base 2; lse and the last dimensions of dout and out are dense."""
     batch, seq_q, heads, value_dim = out.shape
-    lse_log2, delta = (torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device) for _ in range(2))
+    delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
+    padded_lse = None if rows == seq_q else torch.empty_like(delta)
     dlse = None if dlse is None else dlse.contiguous()
     launch_specialised(
         row_kernel, blocks(rows, ROWS_PER_PROGRAM) * batch * heads,
-        (dout, dlse, out, lse, lse_log2, delta, heads, seq_q, rows, LOG2_E, *strides(dout), *strides(out)),
+        (dout, dlse, out, lse, padded_lse, delta, heads, seq_q, rows, LOG2_E, *strides(dout), *strides(out)),
         (*widths(value_dim, value_dim)[2:], ROWS_PER_PROGRAM),
     )  # fmt: skip
-    return lse_log2, delta
+    return lse if padded_lse is None else padded_lse, delta
 
 
 def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, features: Features, dq, dk, dv) -> torch.Tensor:
@@ -293,12 +295,12 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     group, precision, widest = heads // kv_heads, dot_precision(q.dtype), max(head_dim, value_dim)
 
     with torch.cuda.device_of(q):
-        lse_log2, delta = launch_rows(dout, dlse, out, lse, seq_q)
+        _, delta = launch_rows(dout, dlse, out, lse, seq_q)
         block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features, bounded)
         launch_specialised(
             dkdv_kernel, blocks(seq_k, block_n) * batch * kv_heads,
             (
-                q, k, v, dout, lse_log2, delta, dk, dv, *pointers,
+                q, k, v, dout, lse, delta, dk, dv, *pointers,
                 kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
             ),
@@ -310,7 +312,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
         launch_specialised(
             dq_kernel, blocks(seq_q, block_m) * batch * heads,
             (
-                q, k, v, dout, lse_log2, delta, dq, *pointers,
+                q, k, v, dout, lse, delta, dq, *pointers,
                 heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
             ),
@@ -320,7 +322,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     if features.sinks is None:
         return lse.new_empty(0)
     # dS = P * (dP - delta), as for any key, with dP = 0: the sink has no value. Where L is -inf, so is the sink.
-    p = torch.exp(features.sinks.float()[:, None] - lse).masked_fill(lse == -torch.inf, 0.0)
+    p = torch.exp2(features.sinks.float()[:, None] * LOG2_E - lse).masked_fill(lse == -torch.inf, 0.0)
     return -(p * delta).sum(dim=(0, 2))
 
 

@@ -3,7 +3,6 @@
 Names carry their shape, as in triton_tiles.py.
 """
 
-import math
 from functools import cache
 from typing import NamedTuple
 
@@ -31,8 +30,6 @@ from kernels.attention.triton_tiles import (
     visible,
 )
 from kernels.attention.tuning import tile
-
-LN_2 = tl.constexpr(math.log(2))
 
 
 class Features(NamedTuple):
@@ -103,7 +100,7 @@ def _attend(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def forward_kernel(
     # pointers; None for what is absent
-    q, k, v, out, lse, sinks, alibi_slopes, doc_start, doc_end, dropout_seed,
+    q, k, v, out, lse_log2, sinks, alibi_slopes, doc_start, doc_end, dropout_seed,
     # shapes and numbers; None for what is absent
     heads, seq_q, seq_k, scale_log2, softcap_log2, window_left, window_right, dropout_threshold,
     # strides, in elements
@@ -143,7 +140,7 @@ def forward_kernel(
 
     query_M = first_query + tl.arange(0, BLOCK_M)
     sum_M = tl.where(sum_M == 0, 1.0, sum_M)  # rows that saw nothing: output 0, log-sum-exp -inf + log(1)
-    tl.store(lse + batch_head.to(tl.int64) * seq_q + query_M, (max_M + tl.log2(sum_M)) * LN_2, mask=query_M < seq_q)
+    tl.store(lse_log2 + batch_head.to(tl.int64) * seq_q + query_M, max_M + tl.log2(sum_M), mask=query_M < seq_q)
     acc_MV = acc_MV / sum_M[:, None]
     if drop is not None:
         acc_MV *= kept_scale(dropout_threshold)
@@ -237,9 +234,10 @@ def outputs(q, k, v, *_):
 
 @operator(f"attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)", outputs)
 def attention_forward(q, k, v, causal, scale, *features):
-    """(out [batch, seq_q, heads, value_dim], lse [batch, heads, seq_q] float32, natural) of the tensors that `attention` describes.
+    """(out [batch, seq_q, heads, value_dim], lse [batch, heads, seq_q] float32, of base 2) of the tensors that `attention` describes.
 
-    After scale come the fields of `Features`, by position or name.
+    Of base 2, as the kernels compute it: brought to base e and back, each rounding would be one of every probability of the backward's,
+    and larger the larger the scores are. After scale come the fields of `Features`, by position or name.
     """
     return launch_forward(q, k, v, causal, scale, Features(*features))
 

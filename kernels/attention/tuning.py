@@ -50,7 +50,7 @@ _HALF = {
         "dq": {16: Tile(64, 64, 4, 2), 64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 8, 2), 256: Tile(32, 16, 4, 1)},
     },
     "sm_90": {
-        "forward": {16: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+        "forward": {16: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
         "dkdv": {16: Tile(64, 128, 8, 3), 64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 64, 8, 2)},
         "dq": {16: Tile(128, 64, 8, 3), 64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 3), 256: Tile(128, 32, 8, 2)},
     },
@@ -66,14 +66,7 @@ _HALF_WITH_SCORE_FEATURES = {
     "sm_90": {"dkdv": {128: Tile(32, 128, 8, 3)}},
 }
 _HALF_WITH_SCORE_FEATURES["sm_100"] = _HALF_WITH_SCORE_FEATURES["sm_90"]
-# Under windows and documents most tiles of fewer queries are seen whole, and need no mask: 1.39 and 1.13 times as fast
-# at head_dim 64 and 128 (16384 tokens, window 1024: docs/results/tiles_windows-h200.json).
-_HALF_BOUNDED = {
-    "sm_90": {
-        "forward": {16: Tile(64, 64, 4, 3), 64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3)},
-        "dkdv": {128: Tile(64, 128, 8, 2)},  # a third stage would spill
-    },
-}
+_HALF_BOUNDED = {"sm_90": {"dkdv": {128: Tile(64, 128, 8, 2)}}}  # windows and documents: a third stage would spill
 _INTERPRETER = Tile(32, 16, 4, 1)  # small and unequal: a few dozen rows already have diagonal, full and tail tiles
 
 SHARED_MEMORY_LIMIT = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
