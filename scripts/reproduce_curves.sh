@@ -3,10 +3,10 @@
 # three seeds of gpt2-124m beside one run of every other backend, with compare_runs.py's verdict; and packed documents of 8192 tokens with
 # document masks on two kernels that skip what they hide, beside the same run without the mask, where there is nothing to skip.
 #
-#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents] [modes]
+#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents] [modes] [precisions]
 #
-# Without arguments every part but modes (checkpointing, offload, precisions), in that order; about 30 minutes on two H200s.  Runs go to
-# runs/curves, runs/seeds and so on, the tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out "two";
+# Without arguments every part but modes (checkpointing, stages, offload) and precisions, in that order; about 30 minutes on two H200s.  Runs go
+# to runs/curves, runs/seeds and so on, the tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out "two";
 # "large" takes every GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -51,44 +51,54 @@ summary() {
     python3 scripts/compare_runs.py "$runs"/* --json docs/results/curves.json --png docs/results/curves.png
 }
 
-short() { # short CONFIG MICRO_BATCH "NAME [override ...]" ...: 150 steps of each, one run a GPU, all GPUs at work
-    local config=$1 micro_batch=$2 gpu i run processes=()
-    shift 2
+# side_by_side "NAME CONFIG STEPS [override ...]" ...: one run on each GPU at a time, the next goes to the GPU that is free first
+side_by_side() {
+    local queue gpu run processes=()
+    queue=$(mktemp)
+    printf '%s\n' "$@" > "$queue"
     for ((gpu = 0; gpu < gpus; gpu++)); do
-        for ((i = gpu + 1; i <= $#; i += gpus)); do
-            read -ra run <<< "${!i}"
-            train "${run[0]}" "$config" "$gpu" "train.micro_batch_size=$micro_batch" \
-                train.steps=150 optimizer.warmup_steps=50 eval.every=50 "${run[@]:1}"
+        while read -ra run < <(flock "$queue.lock" sed -i -e '1{w /dev/stdout' -e 'd}' "$queue"); do
+            train "${run[0]}" "${run[1]}" "$gpu" "train.steps=${run[2]}" "optimizer.warmup_steps=$((run[2] / 3))" \
+                "eval.every=$((run[2] / 3))" "${run[@]:3}"
         done &
         processes+=($!)
     done
     for process in "${processes[@]}"; do wait "$process"; done
+    rm "$queue" "$queue.lock"
 }
 
 seeds() {
     local runs=runs/seeds run queue=()
     for run in triton-1 triton-2 triton-3 sdpa-1 sdpa_cudnn-1 sdpa_flash-1 sdpa_efficient-1 eager-1; do
-        queue+=("$run attention.backend=${run%-*} run.seed=${run#*-}")
+        queue+=("$run gpt2-124m 150 train.micro_batch_size=32 attention.backend=${run%-*} run.seed=${run#*-}")
     done
-    short gpt2-124m 32 "${queue[@]}"
+    side_by_side "${queue[@]}"
     python3 scripts/compare_runs.py "$runs"/* --baseline backend=triton --json docs/results/seeds.json --png docs/results/seeds.png --html docs/results/seeds.html
 }
 
 documents() {
-    local runs=runs/documents
-    short gpt2-124m-documents 4 "triton attention.backend=triton" "flex attention.backend=flex" \
-        "triton-unmasked attention.backend=triton attention.document_mask=false"
+    local runs=runs/documents of="gpt2-124m-documents 75 train.micro_batch_size=4 attention.backend"
+    side_by_side "triton $of=triton" "flex $of=flex" "triton-unmasked $of=triton attention.document_mask=false"
     python3 scripts/compare_runs.py "$runs"/* --json docs/results/documents.json --png docs/results/documents.png
 }
 
-modes() { # 150 steps each: what memory and speed the modes cost, what the precisions; the last is the classic recipe
-    local runs=runs/modes
-    short gpt2-355m 8 "none" "full train.activation_checkpointing=full" "every_2 train.activation_checkpointing=every_n train.checkpoint_every=2" \
-        "selective train.activation_checkpointing=selective" "matmuls train.activation_checkpointing=selective train.keep_matmuls=true" \
-        "deepspeed train.activation_checkpointing=deepspeed" "stage-1 zero.stage=1" "stage-2 zero.stage=2" \
-        "offload-optimizer zero.offload_optimizer=cpu" "offload-both zero.offload_optimizer=cpu zero.offload_parameters=cpu"
-    short gpt2-124m 32 "bf16" "fp16 train.precision=fp16" "fp32 train.precision=fp32" "bf16-states train.bf16_states=true"
-    short deepspeed-offload 8 "classic"
+precisions() { # of 65,536 tokens a step
+    local runs=runs/precisions of="gpt2-124m 75 train.micro_batch_size=32 train.global_batch_size=64"
+    side_by_side "fp32 $of train.precision=fp32" "bf16 $of" "fp16 $of train.precision=fp16" "bf16-2 $of run.seed=2" "bf16-3 $of run.seed=3"
+    python3 scripts/compare_runs.py "$runs"/* --json docs/results/precisions.json --png docs/results/precisions.png
+}
+
+modes() { # what the modes cost in speed and memory: 12 steps of 32 sequences each; and the classic recipe
+    local runs=runs/modes of="12 train.micro_batch_size=8 train.global_batch_size=32 eval.every=0 eval.sequences=8" model mode queue
+    queue=("classic deepspeed-offload $of")
+    for mode in "full full" "none none" "selective selective" "deepspeed deepspeed" \
+        "offload-both full zero.offload_optimizer=cpu zero.offload_parameters=cpu" "offload-optimizer full zero.offload_optimizer=cpu" \
+        "stage-2 full zero.stage=2" "stage-1 full zero.stage=1" "every_2 every_n train.checkpoint_every=2" "matmuls selective train.keep_matmuls=true"; do
+        for model in gpt-1.3b gpt2-355m; do
+            queue+=("$model-${mode%% *} $model $of train.activation_checkpointing=${mode#* }")
+        done
+    done
+    side_by_side "${queue[@]}"
     python3 scripts/compare_runs.py "$runs"/* --json docs/results/modes.json --png docs/results/modes.png
 }
 

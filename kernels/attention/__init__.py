@@ -228,16 +228,18 @@ def _of(x: torch.Tensor) -> str:
 
 # Those below import on first use: a CPU installation of torch comes without triton, and flash-attn may not be there.
 def _triton(q, k, v, *, rules, sinks, return_lse):
+    from kernels.attention.operators import call
     from kernels.attention.triton_forward import attention_forward
 
-    out, lse = attention_forward(q, k, v, rules.causal, rules.scale, *_triton_features(rules, sinks))
+    out, lse = call(attention_forward, q, k, v, rules.causal, rules.scale, *_triton_features(rules, sinks))
     return out, lse * LN_2 if return_lse else None
 
 
 def _triton_packed(packed, heads, kv_heads, rules, sinks, return_lse):
+    from kernels.attention.operators import call
     from kernels.attention.triton_packed import attention_packed_forward
 
-    out, lse = attention_packed_forward(packed, heads, kv_heads, rules.causal, rules.scale, *_triton_features(rules, sinks))
+    out, lse = call(attention_packed_forward, packed, heads, kv_heads, rules.causal, rules.scale, *_triton_features(rules, sinks))
     return out, lse * LN_2 if return_lse else None
 
 
@@ -250,8 +252,9 @@ def _triton_features(rules, sinks):
 
 def _hopper(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.hopper_forward import attention_forward
+    from kernels.attention.operators import call
 
-    out, lse = attention_forward(q, k, v, rules.causal, rules.scale, rules.deterministic)
+    out, lse = call(attention_forward, q, k, v, rules.causal, rules.scale, rules.deterministic)
     return out, lse * LN_2 if return_lse else None
 
 

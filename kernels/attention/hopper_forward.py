@@ -65,7 +65,7 @@ from kernels.attention.hopper_shared import (
     readable_by_tma,
     synchronise,
 )
-from kernels.attention.operators import differentiable, launch, operator
+from kernels.attention.operators import call, differentiable, launch, operator
 from kernels.attention.triton_forward import LOG2_E, outputs
 from kernels.attention.tuning import HopperTile, hopper_tile
 
@@ -646,7 +646,7 @@ def _differentiate(ctx, dout, dlse):
     q, k, v, out, lse = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
     kernels = triton_backward if ctx.deterministic else hopper_backward
-    dq, dk, dv, *_ = kernels.attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale)
+    dq, dk, dv, *_ = call(kernels.attention_backward, dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale)
     return dq, dk, dv, None, None, None
 
 

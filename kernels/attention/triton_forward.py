@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import dropout
-from kernels.attention.operators import differentiable, launch_specialised, operator
+from kernels.attention.operators import call, differentiable, launch_specialised, operator
 from kernels.attention.triton_tiles import (
     INTO_BASE_2,
     LOG2_E,
@@ -267,7 +267,7 @@ def save_for_backward(ctx, inputs, output):
 def differentiate(ctx, dout, dlse):
     (q, k, v, out, lse), features = kept_for_backward(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = triton_backward.attention_backward(dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, *features)
+    dq, dk, dv, dsinks = call(triton_backward.attention_backward, dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, *features)
     return dq, dk, dv, None, None, *feature_gradients(features, dsinks)
 
 

@@ -4,7 +4,7 @@ backward writes their gradients into one buffer.
 
 import torch
 
-from kernels.attention.operators import differentiable, operator
+from kernels.attention.operators import call, differentiable, operator
 from kernels.attention.triton_backward import launch_backward
 from kernels.attention.triton_forward import (
     FEATURES_SCHEMA,
@@ -58,7 +58,7 @@ def _save_for_backward(ctx, inputs, output):
 def _differentiate(ctx, dout, dlse):
     (qkv, out, lse), features = kept_for_backward(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
-    dqkv, dsinks = attention_packed_backward(dout, dlse, qkv, out, lse, ctx.heads, ctx.kv_heads, ctx.causal, ctx.scale, *features)
+    dqkv, dsinks = call(attention_packed_backward, dout, dlse, qkv, out, lse, ctx.heads, ctx.kv_heads, ctx.causal, ctx.scale, *features)
     return dqkv, None, None, None, None, *feature_gradients(features, dsinks)
 
 
