@@ -1,31 +1,49 @@
 """FlashAttention backward for Hopper (sm_90a) in Gluon: `recipe::hopper_attention_backward`. `reference.tiled` is its specification.
 
-A program computes dK and dV of 128 keys of one key head, over all query heads that share it: one warp loads, two warpgroups of 4 warps compute, 64
-keys each. A step is one tile of queries (64 at head_dim 128, 128 at 64). Five products a step, S and dP transposed, so that P and dS are left
-operands as they stand; dQ needs the keys of both warpgroups, and of all programs: it is summed up in float32 in global memory by TMA.
+A program stays on its multiprocessor and takes work items: dK and dV of 128 keys of one key head, over all query heads that share it. One warp
+loads, two warpgroups of 4 warps compute, 64 keys each. A step is one tile of queries (64 at head_dim 128, 128 at 64). Five products a step, S and
+dP transposed, so that P and dS are left operands as they stand; dQ needs the keys of both warpgroups, and of all programs: it is summed up in
+float32 in global memory by TMA.
 
       load, one warp                    shared memory                          compute, each warpgroup
 
-    TMA: K, V  ------------------->  k, v            -- keys_full ------>
+    claim a work item
     for each tile of queries i:
       wait free[slot]
-      TMA: Q, log-sum-exp  ------->  q[2], lse[2]    -- q_full[slot] --->   S = K Q^T             on the matrix units: S
-      TMA: dO, delta  ------------>  dout[2], delta[2]  -- dout_full --->   dP = V dO^T                                dP
-                                                                            P = exp2(S - lse)     under dP
-                                                                            dV += P dO                                 dV
-                                                                            dS = P (dP - delta)   under dV
-                                     ds[3]  <---------------------------    dS of 64 keys, half a slot
-                                     ds[3]  -- ds_ready[other] --------->   dQ of i - 1           (all 128 keys)       dQ
-                                                                            dK += dS Q                                 dK
-                                     dq[warpgroup]  <-------------------    dQ of i - 1: TMA adds it to global memory  under dK
-                                                                            arrive at free[slot]
+      the first: the item  ------->  work[2]           -- work_full ------>  take the item
+      TMA: Q, log-sum-exp  ------->  q[2], lse[2]      -- q_full[slot] --->   S = K Q^T             on the matrix units: S
+      TMA: dO, delta  ------------>  dout[2], delta[2]  -- dout_full --->     dP = V dO^T                                dP
+      the first: wait V_FREE                                                  P = exp2(S - lse)     under dP
+      TMA: V  -------------------->  v                 -- dout_full ------>   dV += P dO                                 dV
+                 wait K_FREE                                                  dS = P (dP - delta)   under dV
+      TMA: K  -------------------->  k                 -- q_full -------->
+                                     ds[3]  <-----------------------------    dS of 64 keys, half a slot
+                                     ds[3]  -- ds_ready[other] --------->     dQ of i - 1           (all 128 keys)       dQ
+                                                                              dK += dS Q                                 dK
+                                     dq[warpgroup]  <---------------------    dQ of i - 1: TMA adds it to global memory  under dK
+                                                                              arrive at free[slot]
+                                                                            after the last tile: arrive at V_FREE,
+                                     ds[3]  -- ds_ready[other] --------->     dQ of the last tile, arrive at K_FREE
+                                     ds[warpgroup], dq[warpgroup]  <------    both warpgroups done: dK, dV, stored by TMA under the next item
 
-The full barriers are mbarriers, whose phase follows from the step, as in the forward. `free` and `ds_ready` are the hardware's named barriers.
-dQ of step i - 1 is computed in step i, when dS of the other warpgroup has long been ready: the two may drift apart by almost a step. ds_ready has
-two barriers a warpgroup, for even and odd steps. Three slots of dS suffice: a warpgroup writes slot i % 3 after it has seen the other's
-dS of i - 1, which the other stored after its own dQ of i - 3, the last to read that slot.
+The full barriers are mbarriers: use n of a slot completes its phase (n // slots) % 2; both sides count on across items, steps for q_full and
+dout_full, items for work_full. K's bytes count on q_full and V's on dout_full of the item's first tile. The others are the hardware's named
+barriers, which need no phase as long as nobody arrives for one use before all have synchronised for the use before:
 
-The second warpgroup starts when the first has its first scores, so that one computes while the other multiplies.
+    free[slot], V_FREE, K_FREE: both warpgroups arrive, the loading warp synchronises before it fills the place again; what it fills is what they
+      need to arrive again. Those of the last uses stay unfinished when the kernel ends.
+    ds_ready, two a warpgroup, for even and odd steps: it arrives, the other synchronises a step later, in the item's end for the last step. An
+      item's first step has no step before: each warpgroup arrives for one at the item's start, when both have left BOTH of the item before. It
+      arrives for i + 2 after the other's dS of i + 1, which the other stored after it had synchronised for i.
+    BOTH: in the item's first step the first warpgroup arrives when it has its first scores and the second synchronises before it starts, so that
+      from then on one computes while the other multiplies; at the item's end both synchronise. The first gets there after dS of the second's
+      last step, and to the next item's first scores when both have arrived at K_FREE: the uses take turns.
+
+An item is put into work[n % 2] when free[slot] says that both have done a step of item n - 2 or later, and so have taken that.
+
+dQ of step i - 1 is computed in step i, when dS of the other warpgroup has long been ready: the two may drift apart by almost a step. Three slots
+of dS suffice: a warpgroup writes slot i % 3 after it has seen the other's dS of i - 1, which the other stored after its own dQ of i - 3, the last to
+read that slot. dK lies in slots of dS until TMA has read it, which each warpgroup waits for before it arrives at ds_ready for the next item.
 
 dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128). It is kept in another
 order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `convert_kernel` brings it back.
@@ -56,10 +74,16 @@ from kernels.attention.hopper_shared import (
     WARPGROUP,
     Descriptor,
     arrive,
+    claim,
+    claimed,
     descriptor,
     in_place,
+    multiprocessors,
+    put,
     readable_by_tma,
     synchronise,
+    take,
+    work_counter,
 )
 from kernels.attention.operators import launch, launch_specialised, operator
 from kernels.attention.triton_backward import ROWS_PER_PROGRAM, launch_rows
@@ -71,12 +95,15 @@ KEYS = gl.constexpr(128)  # of a program
 OWN_KEYS = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
 STAGES = gl.constexpr(2)  # tiles of queries in shared memory
 DS_SLOTS = gl.constexpr(3)
+ITEMS = gl.constexpr(2)  # numbers of work items in shared memory
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
 COMPUTE_REGISTERS, REGISTERS_AT_START = 240, 168  # 2 * 128 * 240 + 128 * 24 is all of 65536 that is left of 384 * 168
 L2_FOR_A_GROUP = 32 << 20  # bytes of the tensors of heads that are computed together
 FREE = gl.constexpr(FIRST_FREE_BARRIER.value)  # of the hardware's named barriers: one a stage,
 DS_READY = gl.constexpr(FREE.value + STAGES.value)  # two a warpgroup,
-ALL_DONE = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # and one for the start and the end
+BOTH = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # one for the start and the end of an item,
+V_FREE = gl.constexpr(BOTH.value + 1)
+K_FREE = gl.constexpr(BOTH.value + 2)
 LOADING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value + 32)  # threads that meet at `free`
 COMPUTING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value)
 
@@ -89,37 +116,50 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
 
 
 @aggregate
-class Problem:
-    """What every partition knows: which keys, and the tiles of queries that see them, from first_tile on, the first `masked` of them in part."""
+class Item:
+    """128 keys of a key head, and the tiles of queries that see them, from first_tile on, the first `masked` of them in part."""
 
     batch: gl.tensor
     kv_head: gl.tensor
     first_head: gl.tensor  # of the query heads that share the key head, counted over the batch
     first_key: gl.tensor
     first_tile: gl.tensor
-    tiles: gl.tensor
-    all_tiles: gl.tensor  # of queries, in the sequence
+    tiles: gl.tensor  # at least one
     masked: gl.tensor
-    seq_q: gl.tensor
-    seq_k: gl.tensor
-    GROUP: gl.constexpr  # how many they are
-    QUERIES: gl.constexpr
-    HEAD_DIM: gl.constexpr
-    CAUSAL: gl.constexpr
-    TAIL: gl.constexpr  # the last keys' tile is not full
 
     @gluon.constexpr_function
-    def __init__(self, batch, kv_head, first_head, first_key, first_tile, tiles, all_tiles, masked, seq_q, seq_k, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
+    def __init__(self, batch, kv_head, first_head, first_key, first_tile, tiles, masked):
         self.batch = batch
         self.kv_head = kv_head
         self.first_head = first_head
         self.first_key = first_key
         self.first_tile = first_tile
         self.tiles = tiles
-        self.all_tiles = all_tiles
         self.masked = masked
+
+
+@aggregate
+class Problem:
+    """What every partition knows."""
+
+    batch: gl.tensor
+    kv_heads: gl.tensor
+    seq_q: gl.tensor
+    seq_k: gl.tensor
+    heads_at_once: gl.tensor
+    GROUP: gl.constexpr  # how many query heads share a key head
+    QUERIES: gl.constexpr
+    HEAD_DIM: gl.constexpr
+    CAUSAL: gl.constexpr
+    TAIL: gl.constexpr  # the last keys' tile is not full
+
+    @gluon.constexpr_function
+    def __init__(self, batch, kv_heads, seq_q, seq_k, heads_at_once, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
+        self.batch = batch
+        self.kv_heads = kv_heads
         self.seq_q = seq_q
         self.seq_k = seq_k
+        self.heads_at_once = heads_at_once
         self.GROUP = gl.constexpr(GROUP)
         self.QUERIES = gl.constexpr(QUERIES)
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
@@ -127,17 +167,53 @@ class Problem:
         self.TAIL = gl.constexpr(TAIL)
 
     @gluon.jit
-    def first_query(self, i):
-        """Of the program's i-th tile."""
-        tile = self.first_tile + i
+    def all_tiles(self):
+        """Of the queries of a sequence."""
+        return (self.seq_q + self.QUERIES - 1) // self.QUERIES
+
+    @gluon.jit
+    def items(self):
+        return self.batch * self.kv_heads * ((self.seq_k + KEYS - 1) // KEYS)
+
+    @gluon.jit
+    def item(self, number):
+        """Causal: keys that most queries see first, over heads that L2 holds together."""
+        key_tiles = (self.seq_k + KEYS - 1) // KEYS
+        all_tiles = self.all_tiles()
+        masked = 0
+        if self.CAUSAL:
+            first_head = number // (self.heads_at_once * key_tiles) * self.heads_at_once
+            rank = number - first_head * key_tiles
+            heads = gl.minimum(self.heads_at_once, self.batch * self.kv_heads - first_head)
+            batch_head = first_head + rank % heads
+            first_key = rank // heads * KEYS
+            own_query = first_key - (self.seq_k - self.seq_q)  # the one that sees the first key as its last
+            first_tile = gl.maximum(own_query, 0) // self.QUERIES
+            tiles = all_tiles - first_tile
+            masked = (gl.maximum(own_query + KEYS - 1, 0) + self.QUERIES - 1) // self.QUERIES - first_tile
+        else:
+            batch_head = number // key_tiles
+            first_key = number % key_tiles * KEYS
+            first_tile = first_key // self.QUERIES % all_tiles
+            tiles = all_tiles
+        if self.TAIL:
+            masked = gl.where(first_key + KEYS > self.seq_k, tiles, masked)
+        masked = gl.minimum(masked, tiles)
+        return Item(batch_head // self.kv_heads, batch_head % self.kv_heads, batch_head * self.GROUP, first_key, first_tile, tiles, masked)
+
+    @gluon.jit
+    def first_query(self, item, i):
+        """Of the item's i-th tile."""
+        tile = item.first_tile + i
         if not self.CAUSAL:
-            tile = gl.where(tile >= self.all_tiles, tile - self.all_tiles, tile)
+            all_tiles = self.all_tiles()
+            tile = gl.where(tile >= all_tiles, tile - all_tiles, tile)
         return tile * self.QUERIES
 
 
 @aggregate
 class Shared:
-    """Shared memory: tiles and full barriers. The leading dimension counts slots, that of dq warpgroups."""
+    """Shared memory: tiles, the numbers of work items, and full barriers. The leading dimension counts slots, that of dq warpgroups."""
 
     q: gl.shared_memory_descriptor
     dout: gl.shared_memory_descriptor
@@ -147,12 +223,13 @@ class Shared:
     v: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor
     dq: gl.shared_memory_descriptor
-    keys_full: gl.shared_memory_descriptor
+    work: gl.shared_memory_descriptor
+    work_full: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     dout_full: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, dout, lse, delta, k, v, ds, dq, keys_full, q_full, dout_full):
+    def __init__(self, q, dout, lse, delta, k, v, ds, dq, work, work_full, q_full, dout_full):
         self.q = q
         self.dout = dout
         self.lse = lse
@@ -161,45 +238,74 @@ class Shared:
         self.v = v
         self.ds = ds
         self.dq = dq
-        self.keys_full = keys_full
+        self.work = work
+        self.work_full = work_full
         self.q_full = q_full
         self.dout_full = dout_full
 
 
 @gluon.jit
-def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc):
-    """The loading warp."""
-    keys = [problem.batch, problem.kv_head, problem.first_key, 0]
-    mbarrier.expect(shared.keys_full.index(0), k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, keys, shared.keys_full.index(0), shared.k.index(0))
-    tma.async_copy_global_to_shared(v_desc, keys, shared.keys_full.index(0), shared.v.index(0))
+def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, counter):
+    """The loading warp. Items are handed out by a counter in global memory, which the last claim of a launch sets back to 0."""
+    QUERIES: gl.constexpr = problem.QUERIES
+    Q_BYTES: gl.constexpr = q_desc.block_type.nbytes + 4 * QUERIES
+    DOUT_BYTES: gl.constexpr = dout_desc.block_type.nbytes + 4 * QUERIES
+    items = problem.items()
+    rows = problem.all_tiles() * QUERIES
+    number = gl.program_id(0)
+    taken = 0
     step = 0
-    for member in range(problem.GROUP):
-        head = problem.first_head + member
-        first_row = head * problem.all_tiles * problem.QUERIES
-        for i in range(problem.tiles):
-            slot = step % STAGES
-            first_query = problem.first_query(i)
-            place = [problem.batch, head - problem.batch * q_desc.shape[1], first_query, 0]
-            if step >= STAGES:
-                synchronise(FREE + slot, LOADING)
-            q_full = shared.q_full.index(slot)
-            mbarrier.expect(q_full, q_desc.block_type.nbytes + 4 * problem.QUERIES)
-            tma.async_copy_global_to_shared(q_desc, place, q_full, shared.q.index(slot))
-            tma.async_copy_global_to_shared(lse_desc, [first_row + first_query], q_full, shared.lse.index(slot))
-            dout_full = shared.dout_full.index(slot)
-            mbarrier.expect(dout_full, dout_desc.block_type.nbytes + 4 * problem.QUERIES)
-            tma.async_copy_global_to_shared(dout_desc, place, dout_full, shared.dout.index(slot))
-            tma.async_copy_global_to_shared(delta_desc, [first_row + first_query], dout_full, shared.delta.index(slot))
-            step += 1
+    while number < items:
+        item = problem.item(number)
+        keys = [item.batch, item.kv_head, item.first_key, 0]
+        for member in range(problem.GROUP):
+            head = item.first_head + member
+            for i in range(item.tiles):
+                slot = step % STAGES
+                q_full = shared.q_full.index(slot)
+                dout_full = shared.dout_full.index(slot)
+                first_query = problem.first_query(item, i)
+                place = [item.batch, head - item.batch * q_desc.shape[1], first_query, 0]
+                first = member + i == 0
+                if step >= STAGES:
+                    synchronise(FREE + slot, LOADING)
+                if first:
+                    put(shared.work.index(taken % ITEMS), number)
+                    mbarrier.expect(shared.work_full.index(taken % ITEMS), 0)
+                    mbarrier.expect(q_full, Q_BYTES + k_desc.block_type.nbytes)
+                    mbarrier.expect(dout_full, DOUT_BYTES + v_desc.block_type.nbytes)
+                else:
+                    mbarrier.expect(q_full, Q_BYTES)
+                    mbarrier.expect(dout_full, DOUT_BYTES)
+                tma.async_copy_global_to_shared(q_desc, place, q_full, shared.q.index(slot))
+                tma.async_copy_global_to_shared(lse_desc, [head * rows + first_query], q_full, shared.lse.index(slot))
+                tma.async_copy_global_to_shared(dout_desc, place, dout_full, shared.dout.index(slot))
+                tma.async_copy_global_to_shared(delta_desc, [head * rows + first_query], dout_full, shared.delta.index(slot))
+                if first:
+                    ticket = claim(counter)
+                    if taken > 0:
+                        synchronise(V_FREE, LOADING)
+                    tma.async_copy_global_to_shared(v_desc, keys, dout_full, shared.v.index(0))
+                    if taken > 0:
+                        synchronise(K_FREE, LOADING)
+                    tma.async_copy_global_to_shared(k_desc, keys, q_full, shared.k.index(0))
+                    number = gl.num_programs(0) + claimed(ticket)
+                step += 1
+        taken += 1
+    if step >= STAGES:
+        synchronise(FREE + step % STAGES, LOADING)
+    put(shared.work.index(taken % ITEMS), -1)
+    mbarrier.expect(shared.work_full.index(taken % ITEMS), 0)
+    if number == items + gl.num_programs(0) - 1:
+        gl.store(counter, 0)
 
 
 @gluon.jit
 def arrive_in_first_step(step):
-    """At ALL_DONE, which nothing else needs before the end."""
+    """At BOTH, which nothing else needs before the item's end. step: of the item."""
     gl.inline_asm_elementwise(
         "{ .reg .pred first; setp.eq.s32 first, $2, 0; @first bar.arrive $1, 256; mov.u32 $0, 0; }",
-        "=r,r,r,~{memory}", [ALL_DONE, step], gl.int32, False, 1,
+        "=r,r,r,~{memory}", [BOTH, step], gl.int32, False, 1,
     )  # fmt: skip
 
 
@@ -257,11 +363,11 @@ def _hide_before(n):
 
 
 @gluon.jit
-def hide(p_NM, first_query, INDEX: gl.constexpr, problem):
+def hide(p_NM, first_query, INDEX: gl.constexpr, problem, item):
     """0 for the probabilities of queries that must not see a key: those before it, or all, past the last key. In assembly, as in the forward."""
     layout: gl.constexpr = p_NM.type.layout
     N: gl.constexpr = OWN_KEYS * problem.QUERIES // WARPGROUP  # probabilities of a thread
-    key_N = problem.first_key + INDEX * OWN_KEYS + gl.arange(0, OWN_KEYS, gl.SliceLayout(1, layout))
+    key_N = item.first_key + INDEX * OWN_KEYS + gl.arange(0, OWN_KEYS, gl.SliceLayout(1, layout))
     first_N = key_N * 0
     if problem.CAUSAL:
         first_N = key_N - (first_query + problem.seq_k - problem.seq_q)
@@ -272,8 +378,12 @@ def hide(p_NM, first_query, INDEX: gl.constexpr, problem):
 
 
 @gluon.jit
-def add_tiles(INDEX: gl.constexpr, MASKED: gl.constexpr, problem, shared, dq_desc, scale_log2, head, step, first, last, dk_ND, dv_ND, dq_head, dq_query):
-    """The tiles first .. last of one query head (FlashAttention-2, Algorithm 2, lines 8 to 16). (dq_head, dq_query): whose dQ is due."""
+def add_tiles(
+    INDEX: gl.constexpr, MASKED: gl.constexpr, problem, item, shared, dq_desc, scale_log2, head, started, step, first, last,
+    dk_ND, dv_ND, dq_head, dq_query,
+):  # fmt: skip
+    """The tiles first .. last of one query head (FlashAttention-2, Algorithm 2, lines 8 to 16). started: the item's first step;
+    (dq_head, dq_query): whose dQ is due."""
     QUERIES: gl.constexpr = problem.QUERIES
     HEAD_DIM: gl.constexpr = problem.HEAD_DIM
     dtype: gl.constexpr = shared.k.dtype
@@ -285,7 +395,7 @@ def add_tiles(INDEX: gl.constexpr, MASKED: gl.constexpr, problem, shared, dq_des
     for i in range(first, last):
         slot = step % STAGES
         phase = step // STAGES & 1
-        first_query = problem.first_query(i)
+        first_query = problem.first_query(item, i)
         q_MD = shared.q.index(slot).reshape([QUERIES, HEAD_DIM])
         dout_MD = shared.dout.index(slot).reshape([QUERIES, HEAD_DIM])
         mbarrier.wait(shared.q_full.index(slot), phase)
@@ -296,11 +406,11 @@ def add_tiles(INDEX: gl.constexpr, MASKED: gl.constexpr, problem, shared, dq_des
         dp_NM = warpgroup_mma(v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         s_NM = warpgroup_mma_wait(1, deps=(s_NM,))
         if INDEX == 0:
-            arrive_in_first_step(step)
+            arrive_in_first_step(step - started)
         lse_M = shared.lse.index(slot).load(of_query)
         p_NM = gl.exp2(s_NM * scale_log2 - gl.expand_dims(lse_M, 0))
         if MASKED:
-            p_NM = hide(p_NM, first_query, INDEX, problem)
+            p_NM = hide(p_NM, first_query, INDEX, problem, item)
         dv = warpgroup_mma(gl.convert_layout(p_NM.to(dtype), left), dout_MD, dv_ND, is_async=True)
         dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
         delta_M = shared.delta.index(slot).load(of_query)
@@ -323,90 +433,68 @@ def add_tiles(INDEX: gl.constexpr, MASKED: gl.constexpr, problem, shared, dq_des
 
 @gluon.jit
 def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2):
-    """Warpgroup INDEX: dK and dV of 64 keys, and its part of dQ."""
+    """Warpgroup INDEX: dK and dV of 64 keys an item, and its part of dQ."""
     HEAD_DIM: gl.constexpr = problem.HEAD_DIM
     dtype: gl.constexpr = shared.k.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.QUERIES, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    dk_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
-    dv_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
-    # dS of step -1: zeros, whose dQ goes to rows past the end, which TMA drops
-    shared.ds.index(DS_SLOTS - 1).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(gl.full([OWN_KEYS, problem.QUERIES], 0.0, dtype, s_layout))
-    fence_async_shared()
-    arrive(DS_READY + 2 * INDEX + 1, COMPUTING)
     step = 0
-    dq_head = problem.first_head
-    dq_query = problem.all_tiles * problem.QUERIES
-    mbarrier.wait(shared.keys_full.index(0), 0)
-    if INDEX == 1:
-        synchronise(ALL_DONE, COMPUTING)  # the first warpgroup has its first scores: from now on each computes while the other multiplies
-    for member in range(problem.GROUP):
-        head = problem.first_head + member
-        first = 0
-        if problem.CAUSAL or problem.TAIL:
+    taken = 0
+    mbarrier.wait(shared.work_full.index(0), 0)
+    number = take(shared.work.index(0))
+    while number >= 0:
+        item = problem.item(number)
+        dk_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
+        dv_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
+        tma.store_wait(0)
+        # There is no dS of the step before: whatever lies in its slot makes dQ of rows past the end, which TMA drops.
+        arrive(DS_READY + 2 * INDEX + (step + 1) % 2, COMPUTING)
+        started = step
+        dq_head = item.first_head
+        dq_query = problem.all_tiles() * problem.QUERIES
+        if INDEX == 1:
+            synchronise(BOTH, COMPUTING)  # the first warpgroup has its first scores: from now on each computes while the other multiplies
+        for member in range(problem.GROUP):
+            head = item.first_head + member
+            first = 0
+            if problem.CAUSAL or problem.TAIL:
+                dk_ND, dv_ND, step, dq_head, dq_query = add_tiles(
+                    INDEX, True, problem, item, shared, dq_desc, scale_log2, head, started, step, 0, item.masked, dk_ND, dv_ND, dq_head, dq_query
+                )
+                first = item.masked
             dk_ND, dv_ND, step, dq_head, dq_query = add_tiles(
-                INDEX, True, problem, shared, dq_desc, scale_log2, head, step, 0, problem.masked, dk_ND, dv_ND, dq_head, dq_query
+                INDEX, False, problem, item, shared, dq_desc, scale_log2, head, started, step, first, item.tiles, dk_ND, dv_ND, dq_head, dq_query
             )
-            first = problem.masked
-        dk_ND, dv_ND, step, dq_head, dq_query = add_tiles(
-            INDEX, False, problem, shared, dq_desc, scale_log2, head, step, first, problem.tiles, dk_ND, dv_ND, dq_head, dq_query
-        )
-    synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
-    dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + DS_SLOTS - 1) % DS_SLOTS),))
-    add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
-    # Both have read all of K: dK and dV take its and V's place, and from there go to global memory.
-    synchronise(ALL_DONE, COMPUTING)
-    shared.k.index(0).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store((dk_ND * scale).to(dtype))
-    shared.v.index(0).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(dv_ND.to(dtype))
-    fence_async_shared()
-    first_key = problem.first_key + INDEX * OWN_KEYS
-    own = [problem.batch, problem.kv_head, first_key, 0]
-    tma.async_copy_shared_to_global(dk_desc, own, shared.k.index(0).slice(INDEX * OWN_KEYS, OWN_KEYS, 2))
-    tma.async_copy_shared_to_global(dv_desc, own, shared.v.index(0).slice(INDEX * OWN_KEYS, OWN_KEYS, 2))
+        arrive(V_FREE, LOADING)
+        synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
+        dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, unknown((step + DS_SLOTS - 1) % DS_SLOTS)),))
+        arrive(K_FREE, LOADING)
+        add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
+        tma.store_wait(0)
+        synchronise(BOTH, COMPUTING)  # both have read the last dS: dK takes the place of one, dV that of dQ, and from there they are stored
+        dk = shared.ds.index(INDEX)._reinterpret(dtype, dk_desc.block_type.shape, dk_desc.layout)
+        dv = shared.dq.index(INDEX)._reinterpret(dtype, dv_desc.block_type.shape, dv_desc.layout)
+        dk.reshape([OWN_KEYS, HEAD_DIM]).store((dk_ND * scale).to(dtype))
+        dv.reshape([OWN_KEYS, HEAD_DIM]).store(dv_ND.to(dtype))
+        fence_async_shared()
+        own = [item.batch, item.kv_head, item.first_key + INDEX * OWN_KEYS, 0]
+        tma.async_copy_shared_to_global(dk_desc, own, dk)
+        tma.async_copy_shared_to_global(dv_desc, own, dv)
+        taken += 1
+        mbarrier.wait(shared.work_full.index(taken % ITEMS), taken // ITEMS & 1)
+        number = take(shared.work.index(taken % ITEMS))
     tma.store_wait(0)
-
-
-@gluon.jit
-def program_of(heads_at_once, batch_heads, key_tiles, CAUSAL: gl.constexpr):
-    """(key head in the batch, tile of keys) of this program. Causal: tiles that most queries see first, over heads that L2 holds together."""
-    program = gl.program_id(0)
-    if CAUSAL:
-        first_head = program // (heads_at_once * key_tiles) * heads_at_once
-        rank = program - first_head * key_tiles
-        heads = gl.minimum(heads_at_once, batch_heads - first_head)
-        return first_head + rank % heads, rank // heads
-    return program // key_tiles, program % key_tiles
 
 
 @gluon.jit(do_not_specialize=["heads_at_once"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc, scale, scale_log2, heads_at_once,
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc, counter, scale, scale_log2, heads_at_once,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, TAIL: gl.constexpr, LOAD: gl.constexpr, COMPUTE: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are [batch, heads, seq, head_dim]; lse_desc and delta_desc, of base-2 log-sum-exps and deltas, [batch * heads * padded seq]."""
     QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     HEAD_DIM: gl.constexpr = q_desc.block_type.shape[3]
-    seq_q = q_desc.shape[2]
-    seq_k = k_desc.shape[2]
-    kv_heads = k_desc.shape[1]
-    batch_head, key_tile = program_of(heads_at_once, k_desc.shape[0] * kv_heads, (seq_k + KEYS - 1) // KEYS, CAUSAL)
-    first_key = key_tile * KEYS
-    all_tiles = (seq_q + QUERIES - 1) // QUERIES
-    tiles = all_tiles
-    masked = 0
-    if CAUSAL:
-        own_query = first_key - (seq_k - seq_q)  # the one that sees the first key as its last
-        first_tile = gl.maximum(own_query, 0) // QUERIES
-        tiles = gl.maximum(all_tiles - first_tile, 0)
-        masked = (gl.maximum(own_query + KEYS - 1, 0) + QUERIES - 1) // QUERIES - first_tile
-    else:
-        first_tile = first_key // QUERIES % all_tiles
-    if TAIL:
-        masked = gl.where(first_key + KEYS > seq_k, tiles, masked)
-    masked = gl.minimum(masked, tiles)
     problem = Problem(
-        batch_head // kv_heads, batch_head % kv_heads, batch_head * GROUP, first_key, first_tile, tiles, all_tiles, masked,
-        seq_q, seq_k, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL,
+        k_desc.shape[0], k_desc.shape[1], q_desc.shape[2], k_desc.shape[2], heads_at_once, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL
     )  # fmt: skip
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, QUERIES], k_desc.dtype)
@@ -419,18 +507,20 @@ def backward_kernel(
         gl.allocate_shared_memory(v_desc.dtype, [1] + v_desc.block_type.shape, v_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [DS_SLOTS, KEYS, QUERIES], ds_layout),
         gl.allocate_shared_memory(gl.float32, [WARPGROUPS] + dq_desc.block_type.shape, dq_desc.layout),
-        gl.allocate_shared_memory(gl.int64, [1, 1], barrier),
+        gl.allocate_shared_memory(gl.int32, [ITEMS, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [ITEMS, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
     )
-    mbarrier.init(shared.keys_full.index(0), count=1)
+    for i in gl.static_range(ITEMS):
+        mbarrier.init(shared.work_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.q_full.index(i), count=1)
         mbarrier.init(shared.dout_full.index(i), count=1)
     gl.warp_specialize([
         (compute, (0, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
         (compute, (1, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
-        (load, (problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc)),
+        (load, (problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, counter)),
     ], [4, 1], [COMPUTE, LOAD])  # fmt: skip
 
 
@@ -503,9 +593,9 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
             Descriptor(lse_log2, *of_rows), Descriptor(delta, *of_rows),
             Descriptor(sums, list(sums.shape), list(sums.stride()), [1, DQ_TILE.value, DQ_TILE.value], dq_layout()),
             descriptor(dk, OWN_KEYS.value), descriptor(dv, OWN_KEYS.value),
-            scale, scale * LOG2_E, heads_at_once, *of,
+            work_counter(q.device), scale, scale * LOG2_E, heads_at_once, *of,
         )  # fmt: skip
-        programs = blocks(seq_k, KEYS.value) * batch * kv_heads
+        programs = min(blocks(seq_k, KEYS.value) * batch * kv_heads, multiprocessors(q.device))
         launch(backward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, of), OPTIONS)
         programs = blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads
         launch_specialised(convert_kernel, programs, (sums, dq, heads, seq_q, rows, scale, *strides(dq)), (head_dim, ROWS_PER_PROGRAM))

@@ -59,11 +59,16 @@ from kernels.attention.hopper_shared import (
     LOAD_REGISTERS,
     WARPGROUP,
     arrive,
+    claim,
+    claimed,
     descriptor,
     in_place,
     multiprocessors,
+    put,
     readable_by_tma,
     synchronise,
+    take,
+    work_counter,
 )
 from kernels.attention.operators import call, differentiable, launch, operator
 from kernels.attention.triton_forward import LOG2_E, outputs
@@ -188,33 +193,15 @@ def _note_clock(partition, warps, event):
 
 
 @gluon.jit
-def claim(counter):
-    """Adds 1 to the counter without waiting for the old value, which `claimed` waits for (gl.atomic_add waits at once)."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.inline_asm_elementwise(
-        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0;"
-        " @first atom.global.relaxed.gpu.add.u32 $0, [$1], 1; }",
-        "=r,l,~{memory}", [gl.full([1], 0, gl.int64, layout) + counter.to(gl.int64)], gl.int32, False, 1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def claimed(ticket):
-    broadcast = gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [ticket], gl.int32, False, 1)
-    return gl.max(broadcast, 0)  # of one element: the scalar
-
-
-@gluon.jit
 def hand_over(shared, slot, batch, head, first_query):
-    zero = gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-    shared.work.index(slot * ITEM_FIELDS).store(zero + batch)
-    shared.work.index(slot * ITEM_FIELDS + 1).store(zero + head)
-    shared.work.index(slot * ITEM_FIELDS + 2).store(zero + first_query)
+    put(shared.work.index(slot * ITEM_FIELDS), batch)
+    put(shared.work.index(slot * ITEM_FIELDS + 1), head)
+    put(shared.work.index(slot * ITEM_FIELDS + 2), first_query)
 
 
 @gluon.jit
-def take(shared, slot, FIELD: gl.constexpr):
-    return gl.max(shared.work.index(slot * ITEM_FIELDS + FIELD).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+def take_field(shared, slot, FIELD: gl.constexpr):
+    return take(shared.work.index(slot * ITEM_FIELDS + FIELD))
 
 
 @gluon.jit
@@ -380,11 +367,11 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
     if problem.TURNS and INDEX == WARPGROUPS - 1:
         arrive(problem.turn(0), 2 * WARPGROUP)
     mbarrier.wait(shared.q_full.index(0), 0)
-    batch = take(shared, 0, 0)
+    batch = take_field(shared, 0, 0)
     while batch >= 0:
         slot = taken % Q_SLOTS
-        head = take(shared, slot, 1)
-        tile_query = take(shared, slot, 2)
+        head = take_field(shared, slot, 1)
+        tile_query = take_field(shared, slot, 2)
         first_query = tile_query + INDEX * QUERIES
         q_MD = shared.q.index(slot * WARPGROUPS + INDEX).reshape([QUERIES, HEAD_DIM])
         tiles = problem.key_tiles(tile_query, WARPGROUPS * QUERIES)
@@ -493,7 +480,7 @@ def compute(INDEX: gl.constexpr, problem, shared, out_desc, lse, scale_log2):
         taken += 1
         slot = taken % Q_SLOTS
         mbarrier.wait(shared.q_full.index(slot), taken // Q_SLOTS & 1)
-        batch = take(shared, slot, 0)
+        batch = take_field(shared, slot, 0)
     tma.store_wait(0)
 
 
@@ -573,20 +560,6 @@ def constants(tile: HopperTile, causal: bool, seq_q: int, seq_k: int) -> Constan
     )  # fmt: skip
 
 
-_counters: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def _work_counter(device: torch.device) -> torch.Tensor:
-    """The counter of work items, 0 between launches. Launches that may run at the same time must not share one: one for each stream, and
-    for each launch that a CUDA graph records, since graphs are replayed on any stream."""
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _counters[key]
-
-
 def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_forward` past the dispatcher; with a `new_trace`, the kernel that fills it."""
     out, lse = outputs(q, k, v, causal, scale)
@@ -604,7 +577,7 @@ def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | No
     of = constants(tile, causal, seq_q, seq_k)
     arguments = (
         descriptor(q, QUERIES.value), descriptor(k, tile.keys), descriptor(v, tile.keys), descriptor(out, QUERIES.value),
-        lse, _work_counter(q.device), trace, scale * LOG2_E, heads_at_once, *of,
+        lse, work_counter(q.device), trace, scale * LOG2_E, heads_at_once, *of,
     )  # fmt: skip
     with torch.cuda.device_of(q):
         launch(forward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, tile, of, trace is None), compile_options(tile))

@@ -1,4 +1,4 @@
-"""What the Hopper kernels of both passes share: the hardware's named barriers, TMA's view of a tensor."""
+"""What the Hopper kernels of both passes share: the hardware's named barriers, work items, TMA's view of a tensor."""
 
 from functools import cache
 
@@ -26,6 +26,34 @@ def arrive(barrier, THREADS: gl.constexpr):
 @gluon.jit
 def synchronise(barrier, THREADS: gl.constexpr):
     gl.inline_asm_elementwise(_barrier_instruction("sync", THREADS), "=r,r,~{memory}", [barrier], gl.int32, False, 1)
+
+
+@gluon.jit
+def claim(counter):
+    """Adds 1 to the counter without waiting for the old value, which `claimed` waits for (gl.atomic_add waits at once)."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 first, lane, 0; mov.u32 $0, 0;"
+        " @first atom.global.relaxed.gpu.add.u32 $0, [$1], 1; }",
+        "=r,l,~{memory}", [gl.full([1], 0, gl.int64, layout) + counter.to(gl.int64)], gl.int32, False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def claimed(ticket):
+    broadcast = gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, 0, 31, 0xffffffff;", "=r,r", [ticket], gl.int32, False, 1)
+    return gl.max(broadcast, 0)  # of one element: the scalar
+
+
+@gluon.jit
+def put(place, number):
+    """A number into shared memory, int32 [1]."""
+    place.store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) + number)
+
+
+@gluon.jit
+def take(place):
+    return gl.max(place.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
 
 
 @gluon.constexpr_function
@@ -65,3 +93,17 @@ def readable_by_tma(x: torch.Tensor) -> torch.Tensor:
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+
+
+def work_counter(device: torch.device) -> torch.Tensor:
+    """The counter of work items, 0 between launches. Launches that may run at the same time must not share one: one for each stream, and
+    for each launch that a CUDA graph records, since graphs are replayed on any stream."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _counters[key]
