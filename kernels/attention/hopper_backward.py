@@ -36,14 +36,17 @@ barriers, which need no phase as long as nobody arrives for one use before all h
       item's first step has no step before: each warpgroup arrives for one at the item's start, when both have left BOTH of the item before. It
       arrives for i + 2 after the other's dS of i + 1, which the other stored after it had synchronised for i.
     BOTH: in the item's first step the first warpgroup arrives when it has its first scores and the second synchronises before it starts, so that
-      from then on one computes while the other multiplies; at the item's end both synchronise. The first gets there after dS of the second's
-      last step, and to the next item's first scores when both have arrived at K_FREE: the uses take turns.
+      from then on one computes while the other multiplies; at the item's end both synchronise. The first gets there with dS of the second's last
+      step, which has then started, and to the next item's first scores when both have left: the uses take turns.
 
 An item is put into work[n % 2] when free[slot] says that both have done a step of item n - 2 or later, and so have taken that.
 
 dQ of step i - 1 is computed in step i, when dS of the other warpgroup has long been ready: the two may drift apart by almost a step. Three slots
 of dS suffice: a warpgroup writes slot i % 3 after it has seen the other's dS of i - 1, which the other stored after its own dQ of i - 3, the last to
 read that slot. dK lies in slots of dS until TMA has read it, which each warpgroup waits for before it arrives at ds_ready for the next item.
+
+A warpgroup waits at three barriers a step: for dS of the other; for TMA to have read the last dQ; and for all to have stored the next. The
+compiler adds none because the second stands where it wants one anyway, between the store of a dS and a product that may for all it knows read it.
 
 dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128). It is kept in another
 order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `convert_kernel` brings it back.
@@ -324,8 +327,9 @@ def at_hand(tile):
 
 @gluon.jit
 def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot):
-    """dQ's part of this warpgroup, [64, 64], from dS of all keys; not waited for."""
+    """dQ's part of this warpgroup, [64, 64], from dS of all keys; not waited for. Its place in shared memory is free then."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_TILE, 16])
+    tma.store_wait(0)
     zero = gl.full([DQ_TILE, DQ_TILE], 0.0, gl.float32, layout)
     ds_MN = shared.ds.index(ds_slot).permute((1, 0))
     k_ND = at_hand(shared.k).reshape([KEYS, problem.HEAD_DIM])
@@ -343,7 +347,6 @@ def add_dq(INDEX: gl.constexpr, problem, shared, dq_desc, dq, head, first_query)
     tile = shared.dq.index(INDEX)
     # Rows: warp, half, three bits of the quad; columns: 16 at a time, half, thread of the quad, pair.
     dq = dq.reshape([4, 2, 2, 2, 2, 4, 2, 4, 2]).permute([0, 1, 4, 2, 3, 5, 7, 6, 8]).reshape([DQ_TILE, DQ_TILE])
-    tma.store_wait(0)
     tile.reshape([DQ_TILE, DQ_TILE]).store(dq)
     fence_async_shared()
     if problem.HEAD_DIM == 64:
@@ -416,10 +419,10 @@ def add_tiles(
         delta_M = shared.delta.index(slot).load(of_query)
         ds_NM = (p_NM * (dp_NM - gl.expand_dims(delta_M, 0))).to(dtype)
         synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
-        dq = issue_dq(INDEX, problem, shared, unknown((step + DS_SLOTS - 1) % DS_SLOTS))
         shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(ds_NM)
         fence_async_shared()
         arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
+        dq = issue_dq(INDEX, problem, shared, unknown((step + DS_SLOTS - 1) % DS_SLOTS))
         dk = warpgroup_mma(gl.convert_layout(ds_NM, left), q_MD, dk_ND, is_async=True)
         dq, dv_ND = warpgroup_mma_wait(1, deps=(dq, dv))
         add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)

@@ -84,8 +84,8 @@ def count_spills(instructions) -> int:
 
 
 def describe_loop(loop: list[tuple[str, str]]) -> dict:
-    """Waits for matrix products (how many may stay in flight), the exponentials between a wait that leaves one and the next wait, and the
-    order of all these and of clock reads."""
+    """Waits for matrix products (how many may stay in flight), the exponentials between a wait that leaves one and the next wait, the order of
+    all these and of clock reads, and the barriers that threads wait at."""
     waits, under_product, in_flight, order = [], 0, False, []
     names = {"HGMMA": "product", "MUFU.EX2": "exponential"}
     for opcode, operands in loop:
@@ -99,7 +99,11 @@ def describe_loop(loop: list[tuple[str, str]]) -> dict:
         under_product += in_flight and opcode.startswith("MUFU.EX2")
     products = sum(opcode.startswith("HGMMA") for opcode, _ in loop)
     exponentials = sum(opcode.startswith("MUFU.EX2") for opcode, _ in loop)
-    return dict(products=products, waits=waits, exponentials=exponentials, under_product=under_product, order=order, spills=count_spills(loop))
+    barriers = sum(opcode.startswith("BAR.SYNC") for opcode, _ in loop)
+    return dict(
+        products=products, waits=waits, exponentials=exponentials, under_product=under_product, order=order, barriers=barriers,
+        spills=count_spills(loop),
+    )  # fmt: skip
 
 
 def describe(compiled) -> dict:
