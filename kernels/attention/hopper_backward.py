@@ -11,39 +11,39 @@ float32 in global memory by TMA.
     for each tile of queries i:
       wait free[slot]
       the first: the item  ------->  work[2]           -- work_full ------>  take the item
-      TMA: Q, log-sum-exp  ------->  q[2], lse[2]      -- q_full[slot] --->   S = K Q^T             on the matrix units: S
-      TMA: dO, delta  ------------>  dout[2], delta[2]  -- dout_full --->     dP = V dO^T                                dP
-      the first: wait V_FREE                                                  P = exp2(S - lse)     under dP
-      TMA: V  -------------------->  v                 -- dout_full ------>   dV += P dO                                 dV
-                 wait K_FREE                                                  dS = P (dP - delta)   under dV
-      TMA: K  -------------------->  k                 -- q_full -------->
-                                     ds[3]  <-----------------------------    dS of 64 keys, half a slot
-                                     ds[3]  -- ds_ready[other] --------->     dQ of i - 1           (all 128 keys)       dQ
-                                                                              dK += dS Q                                 dK
-                                     dq[warpgroup]  <---------------------    dQ of i - 1: TMA adds it to global memory  under dK
-                                                                              arrive at free[slot]
-                                                                            after the last tile: arrive at V_FREE,
-                                     ds[3]  -- ds_ready[other] --------->     dQ of the last tile, arrive at K_FREE
-                                     ds[warpgroup], dq[warpgroup]  <------    both warpgroups done: dK, dV, stored by TMA under the next item
+      TMA: Q, log-sum-exp  ------->  q[2], lse[2]      -- q_full[slot] --->    S = K Q^T             on the matrix units: S
+      TMA: dO, delta  ------------>  dout[2], delta[2]  -- dout_full --->      dP = V dO^T                                dP
+      the first: wait K_FREE                                                   P = exp2(S - lse)     under dP
+      TMA: K  -------------------->  k[2]              -- q_full[slot] --->    dV += P dO                                 dV
+                 wait V_FREE                                                   (last tile: arrive at V_FREE)
+      TMA: V  -------------------->  v[1 or 2]         -- dout_full --->       dS = P (dP - delta)   under dV
+                                     ds[2]  <------------------------------    dS of 64 keys, half a slot
+                                     ds[2]  -- ds_ready[other] ---------->     dQ of i - 1           (all 128 keys)       dQ
+                                                                               dK += dS Q                                 dK
+                                     dq[warpgroup]  <----------------------    dQ of i - 1: TMA adds it to global memory  under dK
+                                                                               (first tile: arrive at K_FREE)
+                                                                               arrive at free[slot]
+                                     dq[warpgroup]  <----------------------  dK and dV, which TMA stores under the next item
 
-The full barriers are mbarriers: use n of a slot completes its phase (n // slots) % 2; both sides count on across items, steps for q_full and
-dout_full, items for work_full. K's bytes count on q_full and V's on dout_full of the item's first tile. The others are the hardware's named
-barriers, which need no phase as long as nobody arrives for one use before all have synchronised for the use before:
+Steps count on across items, and so does the pipeline: dQ of an item's last tile is computed in the first step of the next item, for which K of
+both lies in shared memory. V of the next item is loaded when both warpgroups have their last dP, or has a place of its own at head_dim 64.
 
-    free[slot], V_FREE, K_FREE: both warpgroups arrive, the loading warp synchronises before it fills the place again; what it fills is what they
-      need to arrive again. Those of the last uses stay unfinished when the kernel ends.
-    ds_ready, two a warpgroup, for even and odd steps: it arrives, the other synchronises a step later, in the item's end for the last step. An
-      item's first step has no step before: each warpgroup arrives for one at the item's start, when both have left BOTH of the item before. It
-      arrives for i + 2 after the other's dS of i + 1, which the other stored after it had synchronised for i.
-    BOTH: in the item's first step the first warpgroup arrives when it has its first scores and the second synchronises before it starts, so that
-      from then on one computes while the other multiplies; at the item's end both synchronise. The first gets there with dS of the second's last
-      step, which has then started, and to the next item's first scores when both have left: the uses take turns.
+The full barriers are mbarriers: use n of a slot completes its phase (n // slots) % 2; both sides count, steps for q_full and dout_full, items for
+work_full. K's bytes count on q_full and V's on dout_full of the item's first tile. The others are the hardware's named barriers, which need no
+phase as long as nobody arrives for one use before all have synchronised for the use before:
+
+    free[slot], K_FREE, V_FREE: both warpgroups arrive, once a step or once an item; the loading warp synchronises before it fills a place again, and
+      what it then fills is what they need to arrive again. It waits in the order in which they arrive. K_FREE of item n, in its first step, says that
+      K of item n - 1 is free, and so the loading warp waits for it before it loads K of item n + 1. Arrivals of the last uses stay unanswered.
+    ds_ready, two a warpgroup, for even and odd steps: it arrives when it has stored its dS of i and has its dQ of i - 1; the other synchronises in
+      step i + 1 before it stores its own dS. It arrives for i + 2 after the other's dS of i + 1, and so after the other synchronised for i.
+    START: the first warpgroup arrives when it has its first scores, and the second synchronises before it starts, so that one computes while the
+      other multiplies.
 
 An item is put into work[n % 2] when free[slot] says that both have done a step of item n - 2 or later, and so have taken that.
 
-dQ of step i - 1 is computed in step i, when dS of the other warpgroup has long been ready: the two may drift apart by almost a step. Three slots
-of dS suffice: a warpgroup writes slot i % 3 after it has seen the other's dS of i - 1, which the other stored after its own dQ of i - 3, the last to
-read that slot. dK lies in slots of dS until TMA has read it, which each warpgroup waits for before it arrives at ds_ready for the next item.
+Two slots of dS suffice: a warpgroup stores dS of i when both have read that of i - 2, itself in step i - 1, the other before it arrived for i - 1.
+So the two may drift apart by almost a step, less the time of one dQ.
 
 A warpgroup waits at three barriers a step: for dS of the other; for TMA to have read the last dQ; and for all to have stored the next. The
 compiler adds none because the second stands where it wants one anyway, between the store of a dS and a product that may for all it knows read it.
@@ -52,8 +52,8 @@ dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queri
 order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `convert_kernel` brings it back.
 
 Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own. Full attention
-starts each program at another tile, so that the programs of a head add to different rows of dQ at any time; causal attention starts the programs
-with the most queries first, over heads whose tensors L2 holds together.
+starts each item at another tile, so that the programs of a head add to different rows of dQ at any time; causal attention takes the items with
+the most queries first, over heads whose tensors L2 holds together.
 
 Names carry their shape: M queries of a tile, N the 64 keys of a warpgroup, D head_dim.
 """
@@ -97,16 +97,17 @@ WARPGROUPS = gl.constexpr(2)
 KEYS = gl.constexpr(128)  # of a program
 OWN_KEYS = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
 STAGES = gl.constexpr(2)  # tiles of queries in shared memory
-DS_SLOTS = gl.constexpr(3)
+DS_SLOTS = gl.constexpr(2)
+K_SLOTS = gl.constexpr(2)
 ITEMS = gl.constexpr(2)  # numbers of work items in shared memory
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
 COMPUTE_REGISTERS, REGISTERS_AT_START = 240, 168  # 2 * 128 * 240 + 128 * 24 is all of 65536 that is left of 384 * 168
 L2_FOR_A_GROUP = 32 << 20  # bytes of the tensors of heads that are computed together
-FREE = gl.constexpr(FIRST_FREE_BARRIER.value)  # of the hardware's named barriers: one a stage,
-DS_READY = gl.constexpr(FREE.value + STAGES.value)  # two a warpgroup,
-BOTH = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # one for the start and the end of an item,
-V_FREE = gl.constexpr(BOTH.value + 1)
-K_FREE = gl.constexpr(BOTH.value + 2)
+FREE = gl.constexpr(FIRST_FREE_BARRIER.value)  # of the hardware's named barriers: one a stage
+DS_READY = gl.constexpr(FREE.value + STAGES.value)  # two a warpgroup
+K_FREE = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # and one each
+V_FREE = gl.constexpr(K_FREE.value + 1)
+START = gl.constexpr(V_FREE.value + 1)
 LOADING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value + 32)  # threads that meet at `free`
 COMPUTING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value)
 
@@ -155,6 +156,7 @@ class Problem:
     HEAD_DIM: gl.constexpr
     CAUSAL: gl.constexpr
     TAIL: gl.constexpr  # the last keys' tile is not full
+    V_SLOTS: gl.constexpr  # as many as shared memory holds
 
     @gluon.constexpr_function
     def __init__(self, batch, kv_heads, seq_q, seq_k, heads_at_once, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
@@ -168,6 +170,7 @@ class Problem:
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.TAIL = gl.constexpr(TAIL)
+        self.V_SLOTS = gl.constexpr(128 // HEAD_DIM)
 
     @gluon.jit
     def all_tiles(self):
@@ -287,11 +290,11 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
                 if first:
                     ticket = claim(counter)
                     if taken > 0:
-                        synchronise(V_FREE, LOADING)
-                    tma.async_copy_global_to_shared(v_desc, keys, dout_full, shared.v.index(0))
-                    if taken > 0:
                         synchronise(K_FREE, LOADING)
-                    tma.async_copy_global_to_shared(k_desc, keys, q_full, shared.k.index(0))
+                    tma.async_copy_global_to_shared(k_desc, keys, q_full, shared.k.index(taken % K_SLOTS))
+                    if problem.V_SLOTS == 1 and taken > 0:
+                        synchronise(V_FREE, LOADING)
+                    tma.async_copy_global_to_shared(v_desc, keys, dout_full, shared.v.index(taken % problem.V_SLOTS))
                     number = gl.num_programs(0) + claimed(ticket)
                 step += 1
         taken += 1
@@ -303,13 +306,14 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
         gl.store(counter, 0)
 
 
+@gluon.constexpr_function
+def _arrive_if_zero(threads):
+    return f"{{ .reg .pred zero; setp.eq.s32 zero, $2, 0; @zero bar.arrive $1, {threads}; mov.u32 $0, 0; }}"
+
+
 @gluon.jit
-def arrive_in_first_step(step):
-    """At BOTH, which nothing else needs before the item's end. step: of the item."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred first; setp.eq.s32 first, $2, 0; @first bar.arrive $1, 256; mov.u32 $0, 0; }",
-        "=r,r,r,~{memory}", [BOTH, step], gl.int32, False, 1,
-    )  # fmt: skip
+def arrive_if_zero(number, barrier, THREADS: gl.constexpr):
+    gl.inline_asm_elementwise(_arrive_if_zero(THREADS), "=r,r,r,~{memory}", [barrier, number], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -320,19 +324,13 @@ def unknown(i):
 
 
 @gluon.jit
-def at_hand(tile):
-    """A tile of [1, ...], whose address is computed anew."""
-    return tile.index(unknown(0))
-
-
-@gluon.jit
-def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot):
+def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot, k_slot):
     """dQ's part of this warpgroup, [64, 64], from dS of all keys; not waited for. Its place in shared memory is free then."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_TILE, 16])
     tma.store_wait(0)
     zero = gl.full([DQ_TILE, DQ_TILE], 0.0, gl.float32, layout)
-    ds_MN = shared.ds.index(ds_slot).permute((1, 0))
-    k_ND = at_hand(shared.k).reshape([KEYS, problem.HEAD_DIM])
+    ds_MN = shared.ds.index(unknown(ds_slot)).permute((1, 0))
+    k_ND = shared.k.index(unknown(k_slot)).reshape([KEYS, problem.HEAD_DIM])
     if problem.HEAD_DIM == 64:
         ds_MN = ds_MN.slice(INDEX * DQ_TILE, DQ_TILE, 0)
     else:
@@ -382,11 +380,11 @@ def hide(p_NM, first_query, INDEX: gl.constexpr, problem, item):
 
 @gluon.jit
 def add_tiles(
-    INDEX: gl.constexpr, MASKED: gl.constexpr, problem, item, shared, dq_desc, scale_log2, head, started, step, first, last,
-    dk_ND, dv_ND, dq_head, dq_query,
+    INDEX: gl.constexpr, MASKED: gl.constexpr, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, first, last,
+    dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
 ):  # fmt: skip
-    """The tiles first .. last of one query head (FlashAttention-2, Algorithm 2, lines 8 to 16). started: the item's first step;
-    (dq_head, dq_query): whose dQ is due."""
+    """The tiles first .. last of one query head (FlashAttention-2, Algorithm 2, lines 8 to 16). The item has the steps started .. end;
+    (dq_head, dq_query, dq_k_slot): whose dQ is due."""
     QUERIES: gl.constexpr = problem.QUERIES
     HEAD_DIM: gl.constexpr = problem.HEAD_DIM
     dtype: gl.constexpr = shared.k.dtype
@@ -402,89 +400,106 @@ def add_tiles(
         q_MD = shared.q.index(slot).reshape([QUERIES, HEAD_DIM])
         dout_MD = shared.dout.index(slot).reshape([QUERIES, HEAD_DIM])
         mbarrier.wait(shared.q_full.index(slot), phase)
-        k_ND = at_hand(shared.k).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
+        k_ND = shared.k.index(unknown(k_slot)).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
         s_NM = warpgroup_mma(k_ND, q_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         mbarrier.wait(shared.dout_full.index(slot), phase)
-        v_ND = at_hand(shared.v).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
+        v_ND = shared.v.index(unknown(k_slot % problem.V_SLOTS)).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
         dp_NM = warpgroup_mma(v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         s_NM = warpgroup_mma_wait(1, deps=(s_NM,))
         if INDEX == 0:
-            arrive_in_first_step(step - started)
+            arrive_if_zero(step, START, COMPUTING)
         lse_M = shared.lse.index(slot).load(of_query)
         p_NM = gl.exp2(s_NM * scale_log2 - gl.expand_dims(lse_M, 0))
         if MASKED:
             p_NM = hide(p_NM, first_query, INDEX, problem, item)
         dv = warpgroup_mma(gl.convert_layout(p_NM.to(dtype), left), dout_MD, dv_ND, is_async=True)
         dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
+        if problem.V_SLOTS == 1:
+            arrive_if_zero(end - 1 - step, V_FREE, LOADING)
         delta_M = shared.delta.index(slot).load(of_query)
         ds_NM = (p_NM * (dp_NM - gl.expand_dims(delta_M, 0))).to(dtype)
         synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
         shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(ds_NM)
         fence_async_shared()
-        arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
-        dq = issue_dq(INDEX, problem, shared, unknown((step + DS_SLOTS - 1) % DS_SLOTS))
+        dq = issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot)
         dk = warpgroup_mma(gl.convert_layout(ds_NM, left), q_MD, dk_ND, is_async=True)
         dq, dv_ND = warpgroup_mma_wait(1, deps=(dq, dv))
+        arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
+        arrive_if_zero(step - started, K_FREE, LOADING)
         add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
         dk_ND = warpgroup_mma_wait(0, deps=(dk,))
         arrive(FREE + slot, LOADING)
         dq_head = head
         dq_query = first_query
+        dq_k_slot = k_slot
         step += 1
-    return dk_ND, dv_ND, step, dq_head, dq_query
+    return dk_ND, dv_ND, step, dq_head, dq_query, dq_k_slot
+
+
+@gluon.jit
+def store(INDEX: gl.constexpr, problem, item, shared, dk_desc, dv_desc, dk_ND, dv_ND):
+    """dK and dV of the warpgroup's keys by way of dQ's place: at once at head_dim 64, one after the other at 128."""
+    PLACES: gl.constexpr = 128 // problem.HEAD_DIM
+    dtype: gl.constexpr = shared.k.dtype
+    places = shared.dq.index(INDEX)._reinterpret(dtype, [PLACES] + dk_desc.block_type.shape, dk_desc.layout)
+    own = [item.batch, item.kv_head, item.first_key + INDEX * OWN_KEYS, 0]
+    dv = places.index(0)
+    dk = places.index(PLACES - 1)
+    tma.store_wait(0)
+    dv.reshape([OWN_KEYS, problem.HEAD_DIM]).store(dv_ND.to(dtype))
+    if PLACES == 1:
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dv_desc, own, dv)
+        tma.store_wait(0)
+    dk.reshape([OWN_KEYS, problem.HEAD_DIM]).store(dk_ND.to(dtype))
+    fence_async_shared()
+    if PLACES == 2:
+        tma.async_copy_shared_to_global(dv_desc, own, dv)
+    tma.async_copy_shared_to_global(dk_desc, own, dk)
 
 
 @gluon.jit
 def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2):
     """Warpgroup INDEX: dK and dV of 64 keys an item, and its part of dQ."""
-    HEAD_DIM: gl.constexpr = problem.HEAD_DIM
-    dtype: gl.constexpr = shared.k.dtype
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.HEAD_DIM, 16])
     step = 0
     taken = 0
+    # There is no dS of step -1: whatever lies in its slot makes dQ of rows past the end, which TMA drops.
+    arrive(DS_READY + 2 * INDEX + 1, COMPUTING)
+    dq_head = 0
+    dq_query = problem.all_tiles() * problem.QUERIES
+    dq_k_slot = 0
     mbarrier.wait(shared.work_full.index(0), 0)
     number = take(shared.work.index(0))
+    if INDEX == 1:
+        synchronise(START, COMPUTING)  # the first warpgroup has its first scores: from now on each computes while the other multiplies
     while number >= 0:
         item = problem.item(number)
-        dk_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
-        dv_ND = gl.full([OWN_KEYS, HEAD_DIM], 0.0, gl.float32, acc_layout)
-        tma.store_wait(0)
-        # There is no dS of the step before: whatever lies in its slot makes dQ of rows past the end, which TMA drops.
-        arrive(DS_READY + 2 * INDEX + (step + 1) % 2, COMPUTING)
+        dk_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
+        dv_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
+        k_slot = taken % K_SLOTS
         started = step
-        dq_head = item.first_head
-        dq_query = problem.all_tiles() * problem.QUERIES
-        if INDEX == 1:
-            synchronise(BOTH, COMPUTING)  # the first warpgroup has its first scores: from now on each computes while the other multiplies
+        end = step + problem.GROUP * item.tiles
         for member in range(problem.GROUP):
             head = item.first_head + member
             first = 0
             if problem.CAUSAL or problem.TAIL:
-                dk_ND, dv_ND, step, dq_head, dq_query = add_tiles(
-                    INDEX, True, problem, item, shared, dq_desc, scale_log2, head, started, step, 0, item.masked, dk_ND, dv_ND, dq_head, dq_query
-                )
+                dk_ND, dv_ND, step, dq_head, dq_query, dq_k_slot = add_tiles(
+                    INDEX, True, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, 0, item.masked,
+                    dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
+                )  # fmt: skip
                 first = item.masked
-            dk_ND, dv_ND, step, dq_head, dq_query = add_tiles(
-                INDEX, False, problem, item, shared, dq_desc, scale_log2, head, started, step, first, item.tiles, dk_ND, dv_ND, dq_head, dq_query
-            )
-        arrive(V_FREE, LOADING)
-        synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
-        dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, unknown((step + DS_SLOTS - 1) % DS_SLOTS)),))
-        arrive(K_FREE, LOADING)
-        add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
-        tma.store_wait(0)
-        synchronise(BOTH, COMPUTING)  # both have read the last dS: dK takes the place of one, dV that of dQ, and from there they are stored
-        dk = shared.ds.index(INDEX)._reinterpret(dtype, dk_desc.block_type.shape, dk_desc.layout)
-        dv = shared.dq.index(INDEX)._reinterpret(dtype, dv_desc.block_type.shape, dv_desc.layout)
-        dk.reshape([OWN_KEYS, HEAD_DIM]).store((dk_ND * scale).to(dtype))
-        dv.reshape([OWN_KEYS, HEAD_DIM]).store(dv_ND.to(dtype))
-        fence_async_shared()
-        own = [item.batch, item.kv_head, item.first_key + INDEX * OWN_KEYS, 0]
-        tma.async_copy_shared_to_global(dk_desc, own, dk)
-        tma.async_copy_shared_to_global(dv_desc, own, dv)
+            dk_ND, dv_ND, step, dq_head, dq_query, dq_k_slot = add_tiles(
+                INDEX, False, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, first, item.tiles,
+                dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
+            )  # fmt: skip
+        store(INDEX, problem, item, shared, dk_desc, dv_desc, dk_ND * scale, dv_ND)
         taken += 1
         mbarrier.wait(shared.work_full.index(taken % ITEMS), taken // ITEMS & 1)
         number = take(shared.work.index(taken % ITEMS))
+    synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
+    dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot),))
+    add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
     tma.store_wait(0)
 
 
@@ -506,8 +521,8 @@ def backward_kernel(
         gl.allocate_shared_memory(q_desc.dtype, [STAGES] + dout_desc.block_type.shape, dout_desc.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES] + lse_desc.block_type.shape, lse_desc.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES] + delta_desc.block_type.shape, delta_desc.layout),
-        gl.allocate_shared_memory(k_desc.dtype, [1] + k_desc.block_type.shape, k_desc.layout),
-        gl.allocate_shared_memory(v_desc.dtype, [1] + v_desc.block_type.shape, v_desc.layout),
+        gl.allocate_shared_memory(k_desc.dtype, [K_SLOTS] + k_desc.block_type.shape, k_desc.layout),
+        gl.allocate_shared_memory(v_desc.dtype, [problem.V_SLOTS] + v_desc.block_type.shape, v_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [DS_SLOTS, KEYS, QUERIES], ds_layout),
         gl.allocate_shared_memory(gl.float32, [WARPGROUPS] + dq_desc.block_type.shape, dq_desc.layout),
         gl.allocate_shared_memory(gl.int32, [ITEMS, 1], barrier),
@@ -520,6 +535,7 @@ def backward_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.q_full.index(i), count=1)
         mbarrier.init(shared.dout_full.index(i), count=1)
+    gl.thread_barrier()  # here once, where the compiler would put one into the first warpgroup's loop, before it waits at what is initialised here
     gl.warp_specialize([
         (compute, (0, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
         (compute, (1, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
