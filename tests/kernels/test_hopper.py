@@ -287,22 +287,30 @@ def test_compiles_without_a_graph_break():
 @gpu
 def test_graphs_replayed_beside_launches_on_the_stream_that_recorded_them():
     """Each launch needs its own counter of work items, also the recorded ones."""
-    q, k, v, *_ = gpu_case(2048, 2048, heads=16, kv_heads=16).tensors(fresh_seed())
-    expected = attention(q, k, v, backend="hopper")
+    q, k, v, dout, _ = gpu_case(2048, 2048, heads=16, kv_heads=16).tensors(fresh_seed())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+
+    def both_passes():
+        out = attention(*inputs, backend="hopper")
+        _, dk, dv = torch.autograd.grad(out, inputs, dout)  # dq is added up in any order
+        return out.detach(), dk, dv
+
+    expected = both_passes()
     recording, other = torch.cuda.Stream(), torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=recording):
-        replayed = attention(q, k, v, backend="hopper")
+        replayed = both_passes()
     torch.cuda.synchronize()
     for _ in range(20):
-        replayed.zero_()
+        for x in replayed:
+            x.zero_()
         torch.cuda.synchronize()
         with torch.cuda.stream(other):
             graph.replay()
         with torch.cuda.stream(recording):
-            launched = attention(q, k, v, backend="hopper")
+            launched = both_passes()
         torch.cuda.synchronize()
-        assert torch.equal(replayed, expected) and torch.equal(launched, expected)
+        assert all(map(torch.equal, replayed, expected)) and all(map(torch.equal, launched, expected))
 
 
 @gpu
@@ -340,10 +348,12 @@ def test_thousands_of_backward_launches_of_random_shapes_beside_other_work():
     launches = 0
     while launches < 2000:
         kv_heads = chance.randint(1, 3)
-        batch, heads = chance.randint(1, 3), kv_heads * chance.randint(1, 3)
+        # Half of them have several work items a program, the others one at most.
+        batch, longest = (64, 400) if chance.random() < 0.5 else (chance.randint(1, 3), 1500)
+        heads = kv_heads * chance.randint(1, 3)
         head_dim, causal = chance.choice([64, 128]), chance.random() < 0.5
-        seq_q = chance.choice([chance.randint(1, 200), chance.randint(1, 1500), 64 * chance.randint(1, 24)])
-        seq_k = seq_q if chance.random() < 0.5 else chance.randint(1, 1500)
+        seq_q = chance.choice([chance.randint(1, 200), chance.randint(1, longest), 64 * chance.randint(1, longest // 64)])
+        seq_k = seq_q if chance.random() < 0.5 else chance.randint(1, longest)
         shapes = [(batch, seq_q, heads, head_dim), (batch, seq_k, kv_heads, head_dim), (batch, seq_k, kv_heads, head_dim)]
         inputs = [torch.randn(shape, generator=generator, device="cuda").bfloat16().requires_grad_() for shape in shapes]
         dout = torch.randn(shapes[0], generator=generator, device="cuda").bfloat16()
