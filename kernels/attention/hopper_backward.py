@@ -51,7 +51,8 @@ compiler adds none because the second stands where it wants one anyway, between 
 dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128). It is kept in another
 order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `convert_kernel` brings it back.
 
-Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own. Full attention
+Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own; so are those before
+the diagonal of the second warpgroup, at head_dim 128 the first of an item, in which it takes part in the rest with a dS of 0. Full attention
 starts each item at another tile, so that the programs of a head add to different rows of dQ at any time; causal attention takes the items with
 the most queries first, over heads whose tensors L2 holds together.
 
@@ -121,7 +122,8 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
 
 @aggregate
 class Item:
-    """128 keys of a key head, and the tiles of queries that see them, from first_tile on, the first `masked` of them in part."""
+    """128 keys of a key head, and the tiles of queries that see them, from first_tile on, the first `masked` of them in part, and the first
+    `before_second` of those none of the second warpgroup's."""
 
     batch: gl.tensor
     kv_head: gl.tensor
@@ -130,9 +132,10 @@ class Item:
     first_tile: gl.tensor
     tiles: gl.tensor  # at least one
     masked: gl.tensor
+    before_second: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, batch, kv_head, first_head, first_key, first_tile, tiles, masked):
+    def __init__(self, batch, kv_head, first_head, first_key, first_tile, tiles, masked, before_second):
         self.batch = batch
         self.kv_head = kv_head
         self.first_head = first_head
@@ -140,6 +143,7 @@ class Item:
         self.first_tile = first_tile
         self.tiles = tiles
         self.masked = masked
+        self.before_second = before_second
 
 
 @aggregate
@@ -187,6 +191,7 @@ class Problem:
         key_tiles = (self.seq_k + KEYS - 1) // KEYS
         all_tiles = self.all_tiles()
         masked = 0
+        before_second = 0
         if self.CAUSAL:
             first_head = number // (self.heads_at_once * key_tiles) * self.heads_at_once
             rank = number - first_head * key_tiles
@@ -197,6 +202,7 @@ class Problem:
             first_tile = gl.maximum(own_query, 0) // self.QUERIES
             tiles = all_tiles - first_tile
             masked = (gl.maximum(own_query + KEYS - 1, 0) + self.QUERIES - 1) // self.QUERIES - first_tile
+            before_second = gl.minimum(gl.maximum(own_query + OWN_KEYS, 0) // self.QUERIES - first_tile, tiles)
         else:
             batch_head = number // key_tiles
             first_key = number % key_tiles * KEYS
@@ -205,7 +211,9 @@ class Problem:
         if self.TAIL:
             masked = gl.where(first_key + KEYS > self.seq_k, tiles, masked)
         masked = gl.minimum(masked, tiles)
-        return Item(batch_head // self.kv_heads, batch_head % self.kv_heads, batch_head * self.GROUP, first_key, first_tile, tiles, masked)
+        batch = batch_head // self.kv_heads
+        kv_head = batch_head % self.kv_heads
+        return Item(batch, kv_head, batch_head * self.GROUP, first_key, first_tile, tiles, masked, before_second)
 
     @gluon.jit
     def first_query(self, item, i):
@@ -437,6 +445,33 @@ def add_tiles(
 
 
 @gluon.jit
+def pass_tiles(INDEX: gl.constexpr, problem, item, shared, dq_desc, head, k_slot, started, end, step, last, dq_head, dq_query, dq_k_slot):
+    """The tiles 0 .. last, whose queries see none of the warpgroup's keys: dS is 0, and dQ of the step before is due as ever."""
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.QUERIES, 16])
+    zero_NM = gl.full([OWN_KEYS, problem.QUERIES], 0.0, shared.k.dtype, s_layout)
+    for i in range(last):
+        slot = step % STAGES
+        phase = step // STAGES & 1
+        mbarrier.wait(shared.q_full.index(slot), phase)
+        mbarrier.wait(shared.dout_full.index(slot), phase)
+        if problem.V_SLOTS == 1:
+            arrive_if_zero(end - 1 - step, V_FREE, LOADING)
+        synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
+        shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(zero_NM)
+        fence_async_shared()
+        dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot),))
+        arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
+        arrive_if_zero(step - started, K_FREE, LOADING)
+        add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
+        arrive(FREE + slot, LOADING)
+        dq_head = head
+        dq_query = problem.first_query(item, i)
+        dq_k_slot = k_slot
+        step += 1
+    return step, dq_head, dq_query, dq_k_slot
+
+
+@gluon.jit
 def store(INDEX: gl.constexpr, problem, item, shared, dk_desc, dv_desc, dk_ND, dv_ND):
     """dK and dV of the warpgroup's keys by way of dQ's place: at once at head_dim 64, one after the other at 128."""
     PLACES: gl.constexpr = 128 // problem.HEAD_DIM
@@ -483,9 +518,14 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
         for member in range(problem.GROUP):
             head = item.first_head + member
             first = 0
+            if problem.CAUSAL and INDEX == 1:
+                first = item.before_second
+                step, dq_head, dq_query, dq_k_slot = pass_tiles(
+                    INDEX, problem, item, shared, dq_desc, head, k_slot, started, end, step, first, dq_head, dq_query, dq_k_slot
+                )
             if problem.CAUSAL or problem.TAIL:
                 dk_ND, dv_ND, step, dq_head, dq_query, dq_k_slot = add_tiles(
-                    INDEX, True, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, 0, item.masked,
+                    INDEX, True, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, first, item.masked,
                     dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
                 )  # fmt: skip
                 first = item.masked
