@@ -100,7 +100,8 @@ OWN_KEYS = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
 STAGES = gl.constexpr(2)  # tiles of queries in shared memory
 DS_SLOTS = gl.constexpr(2)
 K_SLOTS = gl.constexpr(2)
-ITEMS = gl.constexpr(2)  # numbers of work items in shared memory
+ITEMS = gl.constexpr(2)  # work items in shared memory
+ITEM_FIELDS = gl.constexpr(4)  # of each: what `Problem.place` returns, which takes divisions
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
 COMPUTE_REGISTERS, REGISTERS_AT_START = 240, 168  # 2 * 128 * 240 + 128 * 24 is all of 65536 that is left of 384 * 168
 L2_FOR_A_GROUP = 32 << 20  # bytes of the tensors of heads that are computed together
@@ -186,34 +187,38 @@ class Problem:
         return self.batch * self.kv_heads * ((self.seq_k + KEYS - 1) // KEYS)
 
     @gluon.jit
-    def item(self, number):
-        """Causal: keys that most queries see first, over heads that L2 holds together."""
+    def place(self, number):
+        """(batch, key head, first key, first tile) of an item. Causal: keys that most queries see first, over heads that L2 holds together."""
         key_tiles = (self.seq_k + KEYS - 1) // KEYS
-        all_tiles = self.all_tiles()
-        masked = 0
-        before_second = 0
         if self.CAUSAL:
             first_head = number // (self.heads_at_once * key_tiles) * self.heads_at_once
             rank = number - first_head * key_tiles
             heads = gl.minimum(self.heads_at_once, self.batch * self.kv_heads - first_head)
             batch_head = first_head + rank % heads
             first_key = rank // heads * KEYS
-            own_query = first_key - (self.seq_k - self.seq_q)  # the one that sees the first key as its last
-            first_tile = gl.maximum(own_query, 0) // self.QUERIES
-            tiles = all_tiles - first_tile
-            masked = (gl.maximum(own_query + KEYS - 1, 0) + self.QUERIES - 1) // self.QUERIES - first_tile
-            before_second = gl.minimum(gl.maximum(own_query + OWN_KEYS, 0) // self.QUERIES - first_tile, tiles)
+            first_tile = gl.maximum(first_key - (self.seq_k - self.seq_q), 0) // self.QUERIES
         else:
             batch_head = number // key_tiles
             first_key = number % key_tiles * KEYS
-            first_tile = first_key // self.QUERIES % all_tiles
-            tiles = all_tiles
+            first_tile = first_key // self.QUERIES % self.all_tiles()
+        return batch_head // self.kv_heads, batch_head % self.kv_heads, first_key, first_tile
+
+    @gluon.jit
+    def item(self, batch, kv_head, first_key, first_tile):
+        all_tiles = self.all_tiles()
+        tiles = all_tiles
+        masked = 0
+        before_second = 0
+        if self.CAUSAL:
+            own_query = first_key - (self.seq_k - self.seq_q)  # the one that sees the first key as its last
+            tiles = all_tiles - first_tile
+            masked = (gl.maximum(own_query + KEYS - 1, 0) + self.QUERIES - 1) // self.QUERIES - first_tile
+            before_second = gl.minimum(gl.maximum(own_query + OWN_KEYS, 0) // self.QUERIES - first_tile, tiles)
         if self.TAIL:
             masked = gl.where(first_key + KEYS > self.seq_k, tiles, masked)
         masked = gl.minimum(masked, tiles)
-        batch = batch_head // self.kv_heads
-        kv_head = batch_head % self.kv_heads
-        return Item(batch, kv_head, batch_head * self.GROUP, first_key, first_tile, tiles, masked, before_second)
+        first_head = (batch * self.kv_heads + kv_head) * self.GROUP
+        return Item(batch, kv_head, first_head, first_key, first_tile, tiles, masked, before_second)
 
     @gluon.jit
     def first_query(self, item, i):
@@ -227,7 +232,7 @@ class Problem:
 
 @aggregate
 class Shared:
-    """Shared memory: tiles, the numbers of work items, and full barriers. The leading dimension counts slots, that of dq warpgroups."""
+    """Shared memory: tiles, work items, and full barriers. The leading dimension counts slots, that of dq warpgroups."""
 
     q: gl.shared_memory_descriptor
     dout: gl.shared_memory_descriptor
@@ -270,7 +275,8 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
     taken = 0
     step = 0
     while number < items:
-        item = problem.item(number)
+        batch, kv_head, first_key, first_tile = problem.place(number)
+        item = problem.item(batch, kv_head, first_key, first_tile)
         keys = [item.batch, item.kv_head, item.first_key, 0]
         for member in range(problem.GROUP):
             head = item.first_head + member
@@ -284,7 +290,11 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
                 if step >= STAGES:
                     synchronise(FREE + slot, LOADING)
                 if first:
-                    put(shared.work.index(taken % ITEMS), number)
+                    field = taken % ITEMS * ITEM_FIELDS
+                    put(shared.work.index(field), batch)
+                    put(shared.work.index(field + 1), kv_head)
+                    put(shared.work.index(field + 2), first_key)
+                    put(shared.work.index(field + 3), first_tile)
                     mbarrier.expect(shared.work_full.index(taken % ITEMS), 0)
                     mbarrier.expect(q_full, Q_BYTES + k_desc.block_type.nbytes)
                     mbarrier.expect(dout_full, DOUT_BYTES + v_desc.block_type.nbytes)
@@ -308,7 +318,7 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
         taken += 1
     if step >= STAGES:
         synchronise(FREE + step % STAGES, LOADING)
-    put(shared.work.index(taken % ITEMS), -1)
+    put(shared.work.index(taken % ITEMS * ITEM_FIELDS), -1)
     mbarrier.expect(shared.work_full.index(taken % ITEMS), 0)
     if number == items + gl.num_programs(0) - 1:
         gl.store(counter, 0)
@@ -505,11 +515,14 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
     dq_query = problem.all_tiles() * problem.QUERIES
     dq_k_slot = 0
     mbarrier.wait(shared.work_full.index(0), 0)
-    number = take(shared.work.index(0))
+    batch = take(shared.work.index(0))
     if INDEX == 1:
         synchronise(START, COMPUTING)  # the first warpgroup has its first scores: from now on each computes while the other multiplies
-    while number >= 0:
-        item = problem.item(number)
+    while batch >= 0:
+        field = taken % ITEMS * ITEM_FIELDS
+        kv_head = take(shared.work.index(field + 1))
+        first_key = take(shared.work.index(field + 2))
+        item = problem.item(batch, kv_head, first_key, take(shared.work.index(field + 3)))
         dk_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
         dv_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
         k_slot = taken % K_SLOTS
@@ -536,7 +549,7 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
         store(INDEX, problem, item, shared, dk_desc, dv_desc, dk_ND * scale, dv_ND)
         taken += 1
         mbarrier.wait(shared.work_full.index(taken % ITEMS), taken // ITEMS & 1)
-        number = take(shared.work.index(taken % ITEMS))
+        batch = take(shared.work.index(taken % ITEMS * ITEM_FIELDS))
     synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
     dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot),))
     add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
@@ -565,7 +578,7 @@ def backward_kernel(
         gl.allocate_shared_memory(v_desc.dtype, [problem.V_SLOTS] + v_desc.block_type.shape, v_desc.layout),
         gl.allocate_shared_memory(k_desc.dtype, [DS_SLOTS, KEYS, QUERIES], ds_layout),
         gl.allocate_shared_memory(gl.float32, [WARPGROUPS] + dq_desc.block_type.shape, dq_desc.layout),
-        gl.allocate_shared_memory(gl.int32, [ITEMS, 1], barrier),
+        gl.allocate_shared_memory(gl.int32, [ITEMS * ITEM_FIELDS, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [ITEMS, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
