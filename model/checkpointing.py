@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from model.offload import Offload
+
 # The operations that "selective" knows attention by; each hands on its output and log-sum-exp. Of PyTorch's own choice, any.
 _SDPA = {
     "sdpa_cudnn": "aten::_scaled_dot_product_cudnn_attention",
@@ -35,6 +37,7 @@ class Checkpointing:
         deepspeed  what ``function`` keeps.
     backend: attention's, by whose operations selective knows it: a key of ``ATTENTION_OPERATIONS``.
     function: calls its first argument with the second, [batch, sequence, hidden], and takes care of the backward pass.
+    offload: where the inputs of full and every_n wait for it, if not on the GPU.
     """
 
     mode: str = "none"
@@ -42,6 +45,7 @@ class Checkpointing:
     keep_matmuls: bool = False
     backend: str = ""
     function: Callable | None = None
+    offload: Offload | None = None
 
     def includes(self, index: int) -> bool:
         """Whether block ``index``, counted from 0, is computed again."""
@@ -57,11 +61,22 @@ class Checkpointing:
         # DeepSpeed's function would move every tensor that it is given to the CPU, also those that the next block needs.
         if self.mode == "deepspeed":
             return self.function(partial(block, **context), x)
+        if self.offload is not None:
+            return self._run_offloaded(block, x, context)
         policy = self.policy()
         out = checkpoint(block, x, use_reentrant=False, **options_of(policy), **context)
         if policy is not None:
             policy.check()
         return out
+
+    def _run_offloaded(self, block: nn.Module, x: torch.Tensor, context: dict[str, torch.Tensor]) -> torch.Tensor:
+        waiting, given = self.offload.keep(x), [x]
+
+        def run(device: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
+            return block(given.pop() if given else waiting.come_back(), **context)
+
+        # PyTorch keeps its arguments: of this one, empty, it sees which device's random numbers to draw again.
+        return checkpoint(run, x.new_empty(0), use_reentrant=False, **context)
 
 
 def options_of(policy: "Policy | None") -> dict[str, Callable]:

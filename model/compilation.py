@@ -16,12 +16,12 @@ def compile_blocks(model: GPT) -> None:
 
     Module hooks stay outside: where ZeRO-3 gathers a block's parameters and lets go of them, the compiled code sees them whole, and keeps none
     of them for the backward pass. Checkpointing moves inside, where the compiler plans what is computed again, and ZeRO-3 gathers once for
-    that and the backward pass; DeepSpeed's own stays around the block.
+    that and the backward pass; DeepSpeed's own stays around the block, and so does what brings the block's input back from the host.
     """
     # What an earlier model's policy keeps is in its code, but not in what is compared to tell whether a code fits.
     torch._dynamo.reset()
     checkpointing = model.checkpointing
-    around = checkpointing.mode == "deepspeed"
+    around = checkpointing.mode == "deepspeed" or checkpointing.offload is not None
     policy = checkpointing.policy()
     options = options_of(policy)
     for index, block in enumerate(model.blocks):

@@ -63,6 +63,7 @@ class TrainSection(Section):
     bf16_states: bool = False
     activation_checkpointing: Literal["none", "full", "every_n", "selective", "deepspeed"] = "none"
     checkpoint_every: Annotated[int, Field(ge=2)] | None = None
+    checkpoint_offload: bool = False
     keep_matmuls: bool = False
     cpu_checkpointing: bool = True
     partition_activations: bool | Literal["classic"] = False

@@ -21,6 +21,7 @@ from torch.utils import cpp_extension
 from model.checkpointing import Checkpointing
 from model.compilation import compile_blocks
 from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
+from model.offload import Offload
 from training.config import Config, OptimizerSection
 from training.distributed import UserFault, load_op, together
 from training.loss_scale import LossScale
@@ -84,7 +85,8 @@ def checkpointing_of(config: Config) -> Checkpointing:
     """The model's share of ``train.activation_checkpointing``; DeepSpeed's is configured by ``build_engine``."""
     train = config.train
     return Checkpointing(train.activation_checkpointing, every=train.checkpoint_every or 1, keep_matmuls=train.keep_matmuls,
-                         backend=config.attention.backend, function=deepspeed.checkpointing.checkpoint)
+                         backend=config.attention.backend, function=deepspeed.checkpointing.checkpoint,
+                         offload=Offload() if train.checkpoint_offload else None)
 
 
 def check_machine(config: Config) -> str | None:

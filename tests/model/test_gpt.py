@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
 from model.gpt import GPT, IGNORED_LABEL, count_parameters, count_recomputed, rotary_table, rotate
+from model.offload import Offload
 from training.flops import hardware_flops_per_token, model_flops_per_token
 
 END_OF_TEXT = 0
@@ -132,7 +133,7 @@ def test_attention_hands_on_that_its_gradients_must_be_the_same_bits(positions):
 
 
 MODES = {
-    "full": Checkpointing("full"), "every_n": Checkpointing("every_n", every=2), "selective": Checkpointing("selective", backend="sdpa"),
+    "full": Checkpointing("full"), "offloaded": Checkpointing("full", offload=Offload()), "every_n": Checkpointing("every_n", every=2), "selective": Checkpointing("selective", backend="sdpa"),
     "matmuls": Checkpointing("selective", backend="sdpa", keep_matmuls=True),
     # DeepSpeed's own, likewise reentrant, needs processes: tests/training/test_zero.py
     "deepspeed": Checkpointing("deepspeed", function=lambda block, x: checkpoint(block, x, use_reentrant=True)),
