@@ -1,5 +1,7 @@
 """A decoder-only transformer in the two dialects people train: GPT-2 (learned positions, LayerNorm, GELU) and Llama (RoPE, RMSNorm, SwiGLU, GQA)."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,8 +10,10 @@ from kernels.attention import alibi_slopes, attention, attention_packed
 from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
 from model.loss import linear_cross_entropy
+from model.tiling import in_tiles
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
+ROTATED_AT_ONCE = 2**28  # elements, 1 GiB in the float32 that they are turned in
 
 
 class GPT(nn.Module):
@@ -22,6 +26,7 @@ class GPT(nn.Module):
             document that follows, whose first token it predicts without any other context; what stands before the first one in a
             sample is one document, or the rest of one. Learned positions count on from document to document.
         checkpointing: what the blocks keep for the backward pass.
+        mlp_tile: how many tokens the feed-forward networks take at a time; None: all.
     """
 
     def __init__(
@@ -31,6 +36,7 @@ class GPT(nn.Module):
         *,
         end_of_text: int | None = None,
         checkpointing: Checkpointing = Checkpointing(),
+        mlp_tile: int | None = None,
     ):
         super().__init__()
         if attention.document_mask and end_of_text is None:
@@ -41,7 +47,7 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.sequence_length, config.hidden_size) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, attention, mlp_tile) for _ in range(config.layers))
         self.final_norm = make_norm(config)
         self.head = Head(config.hidden_size, config.vocab_size, bias=False)
         # The weights follow from torch's seed alone, on every device: modules, as they are made, draw from the generator of theirs.
@@ -112,8 +118,9 @@ class Head(nn.Linear):
 class Block(nn.Module):
     """One transformer layer: attention and feed-forward, each normalised first and added to the residual stream."""
 
-    def __init__(self, config: GPTConfig, attention: AttentionConfig):
+    def __init__(self, config: GPTConfig, attention: AttentionConfig, mlp_tile: int | None = None):
         super().__init__()
+        self.mlp_tile = mlp_tile
         self.attention_norm = make_norm(config)
         self.attention = SelfAttention(config, attention)
         self.ffn_norm = make_norm(config)
@@ -123,7 +130,13 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor, **context: torch.Tensor) -> torch.Tensor:
         """x: [batch, sequence, hidden]; context: what ``SelfAttention`` takes beside it."""
         x = x + self.dropout(self.attention(self.attention_norm(x), **context))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        return x + self.dropout(self.feed_forward(x))
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The feed-forward network of the normalised x, [batch, sequence, hidden]."""
+        if self.mlp_tile is None or x.shape[:-1].numel() <= self.mlp_tile:
+            return self.ffn(self.ffn_norm(x))
+        return in_tiles(lambda tile: self.ffn(self.ffn_norm(tile)), [*self.ffn_norm.parameters(), *self.ffn.parameters()], x, self.mlp_tile)
 
 
 class SelfAttention(nn.Module):
@@ -194,15 +207,23 @@ def make_norm(config: GPTConfig) -> nn.Module:
 def rotary_table(sequence: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
     """Cosines and sines of RoPE's angles (Su et al. 2021, equation 34): float32 [2, sequence, 1, head_dim / 2].
 
-    Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences.
+    Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences. The angles are float64:
+    at position 1,000,000 those of float32 are up to 0.06 off.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(sequence, device=device, dtype=torch.float32), frequency)
-    return torch.stack((angle.cos(), angle.sin())).unsqueeze(2)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angle = torch.outer(torch.arange(sequence, device=device, dtype=torch.float64), frequency)
+    return torch.stack((angle.cos().float(), angle.sin().float())).unsqueeze(2)
 
 
 def rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     """Turn channel pairs (i, i + head_dim/2) of x [batch, sequence, heads, head_dim] by each position's angle; x's dtype out."""
+    length = max(1, ROTATED_AT_ONCE // x[:, 0].numel())
+    if x.shape[1] <= length or torch.compiler.is_compiling():  # which fuses what stands in float32 here
+        return _rotate(x, rotary)
+    return torch.cat([_rotate(part, angles) for part, angles in zip(x.split(length, 1), rotary.split(length, 1), strict=True)], dim=1)
+
+
+def _rotate(x: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
     cos, sin = rotary
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -246,18 +267,25 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     return {"total": total, "matmul": total - looked_up}
 
 
-def count_recomputed(config: GPTConfig, checkpointing: Checkpointing, *, compiled: bool = False) -> dict[str, int]:
-    """What checkpointing computes again: ``parameters`` that multiply every token once more, and ``layers`` of attention."""
+def count_recomputed(config: GPTConfig, checkpointing: Checkpointing, *, compiled: bool = False, tiled: bool = False) -> dict[str, int]:
+    """What checkpointing, and a feed-forward network in tiles, compute again: ``parameters`` that multiply every token once more, and ``layers`` of attention."""
     with torch.device("meta"):
         blocks = GPT(config).blocks
     recomputed = [block for index, block in enumerate(blocks) if checkpointing.includes(index)]
     modules = [module for block in recomputed for module in block.modules()]
-    parameters = sum(p.numel() for block in recomputed for p in block.parameters())
+    parameters = _count(recomputed)
     selective = checkpointing.mode == "selective"
+    # PyTorch's recomputation stops at the last tensor that the backward reads, unless its dropout follows: the last product's input, or what
+    # is cut into tiles; the compiler leaves out what is not read. DeepSpeed's computes the whole block.
+    stops = (config.dropout == 0 or compiled) and checkpointing.mode != "deepspeed"
+    if tiled:
+        parameters += _count(part for block in blocks for part in (block.ffn_norm, block.ffn))
     if selective and checkpointing.keep_matmuls:
-        parameters -= sum(p.numel() for module in modules if isinstance(module, nn.Linear) for p in module.parameters())
-    elif (config.dropout == 0 or compiled) and checkpointing.mode != "deepspeed":
-        # PyTorch's recomputation stops at the last tensor that the backward reads, which is the last product's input, unless its dropout
-        # follows; the compiler leaves out what is not read. DeepSpeed's computes the whole block.
-        parameters -= sum(p.numel() for block in recomputed for p in block.ffn.down.parameters())
+        parameters -= _count(module for module in modules if isinstance(module, nn.Linear))
+    elif stops:
+        parameters -= _count(part for block in recomputed for part in ((block.ffn_norm, block.ffn) if tiled else (block.ffn.down,)))
     return {"parameters": parameters, "layers": 0 if selective else len(recomputed)}
+
+
+def _count(modules: Iterable[nn.Module]) -> int:
+    return sum(p.numel() for module in modules for p in module.parameters())

@@ -67,6 +67,7 @@ class TrainSection(Section):
     keep_matmuls: bool = False
     cpu_checkpointing: bool = True
     partition_activations: bool | Literal["classic"] = False
+    mlp_tile: PositiveInt | None = None
     compile: bool | Literal["auto"] = "auto"
     stop_after_skipped: PositiveInt = 10
 
@@ -390,6 +391,8 @@ def _choose_compile(config: Config, backend: str, on_gpu: bool) -> tuple[bool, s
         return False, "on a CPU it saves nothing, and takes a minute"
     if config.model.huggingface is not None:
         return False, "model.huggingface: what is compiled are the blocks of the project's own GPT"
+    if config.train.mlp_tile is not None:
+        return False, "train.mlp_tile: a block that is compiled is compiled whole"
     if config.attention.deterministic:
         return False, "attention.deterministic: what is compiled may add up in another order after another start"
     if backend in ("flex", "flash_attn"):

@@ -168,7 +168,8 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
         model = together(lambda: load_huggingface(config, end_of_text=end_of_text))
     else:
         with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
-            model = GPT(config.model, config.attention, end_of_text=end_of_text, checkpointing=checkpointing_of(config))
+            model = GPT(config.model, config.attention, end_of_text=end_of_text, checkpointing=checkpointing_of(config),
+                        mlp_tile=config.train.mlp_tile)
         if config.model.init_from is not None:
             load_weights(model, config.model)
     blocks = [Block] if config.model.huggingface is None else model.block_types

@@ -26,7 +26,10 @@ class Meter:
         if model.huggingface is not None:
             self.parameters, recomputed = count_huggingface(config)
         else:
-            self.parameters, recomputed = count_parameters(model), count_recomputed(model, checkpointing_of(config), compiled=config.train.compile)
+            tile = config.train.mlp_tile
+            tiled = tile is not None and tile < config.train.micro_batch_size * model.sequence_length
+            self.parameters = count_parameters(model)
+            recomputed = count_recomputed(model, checkpointing_of(config), compiled=config.train.compile, tiled=tiled)
         shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,
                  "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)

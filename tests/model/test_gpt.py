@@ -6,10 +6,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import gpt
 from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
 from model.gpt import GPT, IGNORED_LABEL, count_parameters, count_recomputed, rotary_table, rotate
 from model.offload import Offload
+from tests.model.test_loss import Largest
 from training.flops import hardware_flops_per_token, model_flops_per_token
 
 END_OF_TEXT = 0
@@ -21,10 +23,10 @@ DIALECTS = {
 }
 
 
-def build(attention=None, **fields) -> GPT:
+def build(attention=None, mlp_tile=None, **fields) -> GPT:
     torch.manual_seed(0)
     attention = AttentionConfig(**{"backend": "eager", **(attention or {})})
-    return GPT(GPTConfig(**{**SMALL, **fields}).resolved(), attention, end_of_text=END_OF_TEXT)
+    return GPT(GPTConfig(**{**SMALL, **fields}).resolved(), attention, end_of_text=END_OF_TEXT, mlp_tile=mlp_tile)
 
 
 @pytest.fixture(params=DIALECTS.values(), ids=DIALECTS)
@@ -159,6 +161,59 @@ def test_checkpointing_changes_no_gradient(options, mode):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+TILED = [mode for mode in ("none", *MODES) if mode != "matmuls"]  # which is refused
+
+
+@pytest.mark.parametrize("mode", TILED)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_tiles_change_neither_loss_nor_gradients(dialect, mode):
+    """Nor does a function of tokens that autograd sees once for each parameter; the last tile is shorter, and 32 tokens are no tiles of 32."""
+    tokens, labels = torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
+    seen, found = [], []
+    for tile in (None, 5, 32):
+        model = build(**DIALECTS[dialect], dropout=0.1, attention={"backend": "sdpa"}, mlp_tile=tile)
+        model.checkpointing = MODES.get(mode, Checkpointing())
+        counted = [0]
+        for p in model.blocks.parameters():
+            p.register_post_accumulate_grad_hook(lambda _, counted=counted: counted.__setitem__(0, counted[0] + 1))
+        torch.manual_seed(3)
+        loss = model(tokens, labels)
+        loss.backward()
+        seen.append(counted[0])
+        found.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert seen == [sum(1 for _ in model.blocks.parameters())] * 3
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_tiles_keep_their_input_alone_and_never_the_inner_activations():
+    def largest_and_kept(tile: int | None) -> tuple[int, int]:
+        model, kept = build(layers=3, ffn_size=512, attention={"backend": "sdpa"}, mlp_tile=tile), []
+        with Largest() as largest:
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+                loss = model(torch.randint(50, (4, 16)), torch.randint(50, (4, 16)))
+            loss.backward()
+        return largest.elements, sum(kept)
+
+    (largest, kept), (largest_in_tiles, kept_in_tiles) = largest_and_kept(None), largest_and_kept(8)
+    assert largest == 64 * 512 and largest_in_tiles == 512 * 32, "a weight is what is left"
+    assert kept - kept_in_tiles >= 3 * (2 * 64 * 512)
+
+
+def test_rotation_of_a_part_at_a_time(monkeypatch):
+    table, x = rotary_table(13, 8, 10000.0, torch.device("cpu")), torch.randn(2, 13, 3, 8)
+    whole = rotate(x, table)
+    monkeypatch.setattr(gpt, "ROTATED_AT_ONCE", 2 * 3 * 8 * 4)
+    assert torch.equal(rotate(x, table), whole)
+
+
+def test_angles_of_far_positions_are_exact():
+    """float32 angles are off by up to 0.06 there."""
+    table = rotary_table(1_000_001, 4, 10000.0, torch.device("cpu"))
+    assert table[0, -1, 0].tolist() == pytest.approx([math.cos(1e6), math.cos(1e4)], abs=1e-6)
+    assert table[1, 999_983, 0, 1].item() == pytest.approx(math.sin(9999.83), abs=1e-6)
+
+
 def test_checkpointing_keeps_less_the_more_it_computes_again():
     def kept_bytes(checkpointing: Checkpointing) -> int:
         model = build(layers=6, attention={"backend": "sdpa"})
@@ -216,24 +271,25 @@ def test_gpt2_small_has_its_published_parameter_count():
     assert count_parameters(GPTConfig(vocab_size=50257).resolved())["total"] == 124_439_808
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode, tile", [*((mode, None) for mode in MODES), *((mode, 32) for mode in TILED)])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_flops_formulas_agree_with_counted_flops(dropout, mode):
-    """Model FLOPs without checkpointing, hardware FLOPs with it, against every matrix product that PyTorch runs."""
+def test_flops_formulas_agree_with_counted_flops(dropout, mode, tile):
+    """Model FLOPs without checkpointing, hardware FLOPs with it and with tiles, against every matrix product that PyTorch runs."""
     config = GPTConfig(layers=3, hidden_size=128, heads=4, vocab_size=512, sequence_length=64, dropout=dropout, bias=False).resolved()
     shape = {"matmul_parameters": count_parameters(config)["matmul"], "layers": 3, "attention_width": 128, "sequence_length": 64}
-    selective = MODES[mode].mode == "selective"
+    chosen = MODES.get(mode, Checkpointing())
+    selective = chosen.mode == "selective"
 
-    def counted(checkpointing: Checkpointing) -> float:
-        model = GPT(config, AttentionConfig(backend="sdpa" if selective else "eager"), checkpointing=checkpointing)
+    def counted(checkpointing: Checkpointing, tile: int | None = None) -> float:
+        model = GPT(config, AttentionConfig(backend="sdpa" if selective else "eager"), checkpointing=checkpointing, mlp_tile=tile)
         with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
             model(torch.randint(512, (2, 64)), torch.randint(512, (2, 64))).backward()
         return counter.get_total_flops() / 128
 
     assert counted(Checkpointing()) == pytest.approx(model_flops_per_token(**shape), rel=0.005)
-    recomputed = count_recomputed(config, MODES[mode])
+    recomputed = count_recomputed(config, chosen, tiled=tile is not None)
     expected = hardware_flops_per_token(**shape, recomputed_parameters=recomputed["parameters"], recomputed_layers=recomputed["layers"])
-    assert counted(MODES[mode]) == pytest.approx(expected, rel=0.005)
+    assert counted(chosen, tile) == pytest.approx(expected, rel=0.005)
 
 
 def _forward_flops(q, k, v, *_, **__):
