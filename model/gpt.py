@@ -10,6 +10,7 @@ from kernels.attention import alibi_slopes, attention, attention_packed
 from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
 from model.loss import linear_cross_entropy
+from model.sequence import SequenceGroup
 from model.tiling import in_tiles
 
 IGNORED_LABEL = -100  # torch.nn.functional.cross_entropy's default ignore_index
@@ -27,6 +28,7 @@ class GPT(nn.Module):
             sample is one document, or the rest of one. Learned positions count on from document to document.
         checkpointing: what the blocks keep for the backward pass.
         mlp_tile: how many tokens the feed-forward networks take at a time; None: all.
+        sequence: the processes that share a sequence; None: this one has all of it.
     """
 
     def __init__(
@@ -37,13 +39,14 @@ class GPT(nn.Module):
         end_of_text: int | None = None,
         checkpointing: Checkpointing = Checkpointing(),
         mlp_tile: int | None = None,
+        sequence: SequenceGroup | None = None,
     ):
         super().__init__()
         if attention.document_mask and end_of_text is None:
             raise ValueError("attention.document_mask: where a document ends is not known; give GPT the tokenizer's end_of_text")
         self.config = config
         self.end_of_text = end_of_text if attention.document_mask else None
-        self.checkpointing = checkpointing
+        self.checkpointing, self.sequence = checkpointing, sequence
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.sequence_length, config.hidden_size) if config.positions == "learned" else None
         self.dropout = nn.Dropout(config.dropout)
@@ -79,23 +82,29 @@ class GPT(nn.Module):
 
         Args:
             tokens: int64 [batch, sequence], sequence <= config.sequence_length.
-            labels: int64 [batch, sequence], the token that follows each position; ``IGNORED_LABEL`` where none counts.
+            labels: int64 [batch, sequence], the token that follows each position; ``IGNORED_LABEL`` where none counts. Of processes that share
+                a sequence each has all tokens, and the labels of its own part of the positions, [batch, sequence / processes].
 
         Returns:
             logits [batch, sequence, vocab_size] in the parameters' dtype; or a float32 scalar, the *sum* of the
-            cross-entropies in nats, so that callers can divide by the number of targets of a whole global batch.
+            cross-entropies in nats, so that callers can divide by the number of targets of a whole global batch. Without labels every
+            process computes the whole sequence.
         """
-        sequence = tokens.shape[1]
-        x = self.token_embedding(tokens)
-        context = {}
-        if self.config.positions == "learned":
-            x = x + self.position_embedding(torch.arange(sequence, device=tokens.device))
-        elif self.config.positions == "rope":
-            context["rotary"] = rotary_table(sequence, self.config.head_dim, self.config.rope_theta, tokens.device)
-        else:
-            context["alibi_slopes"] = alibi_slopes(self.config.heads, tokens.device)  # no buffer, for the reason that rotary_table gives
+        group = None if labels is None else self.sequence
+        context, positions = {}, torch.arange(tokens.shape[1], device=tokens.device)
         if self.end_of_text is not None:
             context["document_ids"] = (tokens == self.end_of_text).cumsum(1, dtype=torch.int32)
+        if self.config.positions == "alibi":
+            slopes = alibi_slopes(self.config.heads, tokens.device)  # no buffer, for the reason that rotary_table gives
+            context["alibi_slopes"] = slopes if group is None else group.part(slopes, 0)
+        if group is not None:
+            context["group"] = group
+            tokens, positions = group.part(tokens, 1), group.part(positions, 0)
+        x = self.token_embedding(tokens)
+        if self.config.positions == "learned":
+            x = x + self.position_embedding(positions)
+        elif self.config.positions == "rope":
+            context["rotary"] = rotary_table(positions, self.config.head_dim, self.config.rope_theta)
         x = self.dropout(x)
         for index, block in enumerate(self.blocks):
             if self.checkpointing.includes(index) and torch.is_grad_enabled():
@@ -161,19 +170,27 @@ class SelfAttention(nn.Module):
         rotary: torch.Tensor | None = None,
         alibi_slopes: torch.Tensor | None = None,
         document_ids: torch.Tensor | None = None,
+        group: SequenceGroup | None = None,
     ) -> torch.Tensor:
-        """x: [batch, sequence, hidden], and so is what is returned; rotary: see ``rotary_table``; the others: see ``attention``."""
+        """x: [batch, sequence, hidden], and so is what is returned; rotary: see ``rotary_table``; the others: see ``attention``.
+
+        With a group x and rotary are of this process's part of the sequence, alibi_slopes of its part of the heads.
+        """
         qkv = self.qkv(x).unflatten(-1, (self.heads + 2 * self.kv_heads, self.head_dim))
         options = {
             "causal": True, "window": self.window, "document_ids": document_ids, "alibi_slopes": alibi_slopes,
             "dropout_p": self.dropout if self.training else 0.0, "backend": self.backend, "deterministic": self.deterministic,
         }  # fmt: skip
-        if rotary is None:
+        if rotary is None and group is None:
             out = attention_packed(qkv, heads=self.heads, kv_heads=self.kv_heads, **options)
         else:
             qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-            q, k = rotate(qk, rotary).split([self.heads, self.kv_heads], dim=2)
-            out = attention(q, k, v, **options)
+            q, k = (qk if rotary is None else rotate(qk, rotary)).split([self.heads, self.kv_heads], dim=2)
+            if group is None:
+                out = attention(q, k, v, **options)
+            else:
+                qkv, heads, kv_heads = group.gather_tokens(q, k, v)
+                out = group.gather_heads(attention_packed(qkv, heads=heads, kv_heads=kv_heads, **options))
         return self.projection(out.flatten(2))
 
 
@@ -204,14 +221,14 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, eps=config.norm_eps, bias=config.bias)
 
 
-def rotary_table(sequence: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
-    """Cosines and sines of RoPE's angles (Su et al. 2021, equation 34): float32 [2, sequence, 1, head_dim / 2].
+def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """Cosines and sines of RoPE's angles (Su et al. 2021, equation 34) at int64 [sequence]: float32 [2, sequence, 1, head_dim / 2].
 
     Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences. The angles are float64:
     at position 1,000,000 those of float32 are up to 0.06 off.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
-    angle = torch.outer(torch.arange(sequence, device=device, dtype=torch.float64), frequency)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
+    angle = torch.outer(positions.double(), frequency)
     return torch.stack((angle.cos().float(), angle.sin().float())).unsqueeze(2)
 
 

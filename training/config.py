@@ -99,6 +99,10 @@ class ZeroSection(Section):
     reuse_distance: NonNegativeInt = 1_000_000_000
 
 
+class ParallelSection(Section):
+    sequence: PositiveInt = 1
+
+
 class CheckpointSection(Section):
     every: NonNegativeInt | None = 250
     keep_last: PositiveInt = 2
@@ -138,6 +142,7 @@ class Config(Section):
     train: TrainSection = TrainSection()
     optimizer: OptimizerSection = OptimizerSection()
     zero: ZeroSection = ZeroSection()
+    parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     sample: SampleSection = SampleSection()
@@ -272,10 +277,12 @@ def _describe(error: dict, tree: _Tree) -> str:
     return f"{tree.origin(path)}: {key}: {what}"
 
 
-def _resolve_batch(train: TrainSection, world_size: int) -> tuple[TrainSection, str | None]:
-    """Fill in the one of micro, accumulation and global batch size that is null; refuse what does not multiply out."""
+def _resolve_batch(train: TrainSection, world_size: int, sharing: int) -> tuple[TrainSection, str | None]:
+    """Fill in the one of micro, accumulation and global batch size that is null; refuse what does not multiply out. sharing: parallel.sequence."""
     micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
-    given = f"micro_batch_size {micro} x gradient_accumulation_steps {accumulation} x {world_size} processes, global_batch_size {total}"
+    processes = f"{world_size} processes" + f" / {sharing} that share a sequence" * (sharing > 1)
+    world_size //= sharing
+    given = f"micro_batch_size {micro} x gradient_accumulation_steps {accumulation} x {processes}, global_batch_size {total}"
     if [micro, accumulation, total].count(None) > 1:
         return train, f"only one of the three may be null ({given}); set the others"
     if total is None:
@@ -363,9 +370,16 @@ def _resolve(
     attention = config.attention.model_copy(update={"backend": "" if backend_faults else backend})
     faults = compositions.faults(config.model_copy(update={"attention": attention}))
     faults += [(compositions.sections_of("attention.backend"), key, what) for key, what in backend_faults]
-    train, batch_fault = _resolve_batch(config.train, world_size)
-    if batch_fault:
-        faults.append(({"train"}, "train.global_batch_size", batch_fault))
+    train, sharing = config.train, config.parallel.sequence
+    if any(key == "parallel.sequence" for _, key, _ in faults):
+        pass  # told; of the batch nothing is known then
+    elif world_size % sharing:
+        remedy = f"use a divisor of {world_size}, 1 for no sharing, or start a multiple of {sharing} processes"
+        faults.append(({"parallel"}, "parallel.sequence", f"{sharing} processes share a sequence, and {world_size} cannot be divided into such groups; {remedy}"))
+    else:
+        train, batch_fault = _resolve_batch(train, world_size, sharing)
+        if batch_fault:
+            faults.append(({"train", "parallel"}, "train.global_batch_size", batch_fault))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
     on_gpu = assumed_gpu is not None or torch.cuda.is_available()
@@ -393,6 +407,8 @@ def _choose_compile(config: Config, backend: str, on_gpu: bool) -> tuple[bool, s
         return False, "model.huggingface: what is compiled are the blocks of the project's own GPT"
     if config.train.mlp_tile is not None:
         return False, "train.mlp_tile: a block that is compiled is compiled whole"
+    if config.parallel.sequence > 1:
+        return False, "parallel.sequence: a block that is compiled is compiled whole, and processes meet within it"
     if config.attention.deterministic:
         return False, "attention.deterministic: what is compiled may add up in another order after another start"
     if backend in ("flex", "flash_attn"):

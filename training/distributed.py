@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -123,6 +124,22 @@ def _unlink_shared_buffer() -> None:
     dist.barrier()
     address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
+
+
+@cache
+def sequence_group(size: int):
+    """This process's ``model.sequence.SequenceGroup``: of every ``size`` ranks in a row, neighbours on a host; None where a process has all of its own.
+
+    Every rank calls it, in the same order of sizes.
+    """
+    import torch.distributed as dist
+
+    from model.sequence import SequenceGroup
+
+    if size == 1:
+        return None
+    group, _ = dist.new_subgroups(size)
+    return SequenceGroup(group, dist.get_rank() % size, size)
 
 
 def together(work: Callable[[], Result], *, here: bool = True) -> Result | None:

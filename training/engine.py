@@ -23,7 +23,7 @@ from model.compilation import compile_blocks
 from model.gpt import GPT, IGNORED_LABEL, Block, hidden_layers, parameter_groups
 from model.offload import Offload
 from training.config import Config, OptimizerSection
-from training.distributed import UserFault, load_op, together
+from training.distributed import UserFault, load_op, sequence_group, together
 from training.loss_scale import LossScale
 from training.muon import Matrix, MuonWithAdamW, find_shards
 from training.pretrained import buffers_kept, load_huggingface, load_weights
@@ -42,7 +42,8 @@ def deepspeed_config(config: Config) -> dict:
     """
     zero = config.zero
     generated = {
-        "train_batch_size": config.train.global_batch_size,
+        # It counts a micro batch for every process, and knows nothing of those that share one.
+        "train_batch_size": config.train.global_batch_size * config.parallel.sequence,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
         # In fp32 stage 0 DeepSpeed neither tells the norm nor looks whether it is finite: train_step clips there.
@@ -169,7 +170,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     else:
         with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
             model = GPT(config.model, config.attention, end_of_text=end_of_text, checkpointing=checkpointing_of(config),
-                        mlp_tile=config.train.mlp_tile)
+                        mlp_tile=config.train.mlp_tile, sequence=sequence_group(config.parallel.sequence))
         if config.model.init_from is not None:
             load_weights(model, config.model)
     blocks = [Block] if config.model.huggingface is None else model.block_types

@@ -27,7 +27,7 @@ class Meter:
             self.parameters, recomputed = count_huggingface(config)
         else:
             tile = config.train.mlp_tile
-            tiled = tile is not None and tile < config.train.micro_batch_size * model.sequence_length
+            tiled = tile is not None and tile < config.train.micro_batch_size * model.sequence_length // config.parallel.sequence
             self.parameters = count_parameters(model)
             recomputed = count_recomputed(model, checkpointing_of(config), compiled=config.train.compile, tiled=tiled)
         shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,

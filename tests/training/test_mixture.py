@@ -69,6 +69,24 @@ def test_batches_hold_each_corpus_in_its_share(folders):
     np.testing.assert_array_equal(read([7])[0], torch.cat([read([7], rank=rank, world=2)[0] for rank in (0, 1)]))  # 7 alone, on two ranks
 
 
+def test_processes_that_share_sequences_read_the_same_and_have_the_labels_of_their_part(folders):
+    mixture = Mixture.open({folders["a"]: 0.2, folders["b"]: 0.5, folders["c"]: 0.3})
+    splits = [corpus.split("train") for corpus in mixture.corpora]
+
+    def read(rank: int, world: int, sharing: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = TrainingBatches(splits, shares=mixture.shares, sequence_length=8, seed=1, rank=rank, world=world, micro_batch_size=4,
+                                  accumulation=1, device=torch.device("cpu"), sharing=sharing)
+        ((tokens, labels),) = batches.step(7)
+        batches.close()
+        return tokens, labels
+
+    for reader in (0, 1):
+        tokens, labels = read(reader, 2, 1)
+        shared = [read(2 * reader + part, 4, 2) for part in (0, 1)]
+        assert all(torch.equal(each, tokens) for each, _ in shared)
+        assert torch.equal(torch.cat([part for _, part in shared], dim=1), labels)
+
+
 def test_epochs_are_told(folders):
     mixture = Mixture.open({folders["a"]: 0.5, folders["b"]: 0.5})
     facts = {each.name: each for each in mixture.facts(sequence_length=8, run_samples=1000)}

@@ -60,6 +60,16 @@ def test_bf16_agrees_over_the_stages_and_with_fp32(seen):
     assert_same_training(seen["bf16"]["3"], seen["plain"], relative=1e-3)
 
 
+def test_long_contexts_train_as_plain_pytorch(seen):
+    """Two processes that share sequences, tiles, block inputs in the host's memory, in combinations with backends, stages, features and heads."""
+    seen_long = seen["long_contexts"]
+    assert len(seen_long["cells"]) == 7
+    for expected, cells in seen_long["cells"].items():
+        for name, cell in cells.items():
+            assert_same_training(cell, seen_long.get(expected) or seen[expected], name=name)
+    assert_same_training(seen_long["bf16"], seen["plain"], relative=1e-3)
+
+
 def test_muon_trains_as_torchs_muon_and_adamw_do_on_one_process(seen):
     """Grouped queries and SwiGLU: queries, keys and values, and gate and value, are matrices of their own, of other sizes."""
     muon = seen["muon"]
@@ -78,7 +88,7 @@ def test_compiled_blocks_train_as_plain_pytorch_in_one_graph(seen):
     compiled = seen["compiled"]
     assert_same_training(compiled["inductor"]["plain"], seen["plain"])
     assert compiled["inductor"]["graphs"]["stats"]["unique_graphs"] == 1 and not compiled["inductor"]["graphs"]["graph_break"]
-    assert len(compiled["traced"]) == 7
+    assert len(compiled["traced"]) == 8
     for name, cell in compiled["traced"].items():
         assert_same_training(cell, seen["plain"], relative=2e-6 if name.startswith("fp32") else 1e-3, name=name)
     assert_same_training(compiled["llama"], seen["plain_llama"])
@@ -139,11 +149,13 @@ def test_evaluation_counts_every_validation_token_once(seen):
     assert evaluation["found"]["val_perplexity"] == pytest.approx(math.exp(evaluation["nats"] / evaluation["tokens"]), rel=1e-4)
     assert evaluation["found"]["val_bits_per_byte"] == pytest.approx(evaluation["nats"] / math.log(2) / evaluation["bytes"], rel=1e-5)
     assert evaluation["some"]["val_loss"] != evaluation["found"]["val_loss"]
+    for number, shared in evaluation["shared"].items():
+        assert shared == pytest.approx(evaluation["found"][number], rel=1e-5), "processes that share a sequence count its tokens once"
 
 
 def test_every_rank_samples_the_same_text(seen):
     first, second = seen["evaluation"]["samples"]
-    assert first == second and first
+    assert first == second and first[0] and first[0] == first[1], "also where they share sequences"
 
 
 def test_micro_batches_are_added_up_in_fp32(seen):

@@ -75,8 +75,9 @@ def global_batch(config: Config, step: int, ignored: bool = False) -> tuple[torc
 
 
 def micro_batches(config: Config, step: int, ignored: bool = False) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens, labels = (x.chunk(dist.get_world_size())[dist.get_rank()].to(device) for x in global_batch(config, step, ignored))
+    device, sharing = "cuda" if torch.cuda.is_available() else "cpu", config.parallel.sequence
+    tokens, labels = (x.chunk(dist.get_world_size() // sharing)[dist.get_rank() // sharing].to(device) for x in global_batch(config, step, ignored))
+    labels = labels.chunk(sharing, 1)[dist.get_rank() % sharing]
     return list(zip(tokens.split(config.train.micro_batch_size), labels.split(config.train.micro_batch_size), strict=True))
 
 
@@ -184,7 +185,8 @@ def compiled() -> dict:
     left = parameters_left(configure(*by_inductor))
     by_aot_eager = torch.compile(compilation._run, fullgraph=True, dynamic=False, backend="aot_eager")
     compilation._compiled = lambda: by_aot_eager
-    traced = {}
+    traced = {"fp32, full offloaded, sdpa": train(configure("train.compile=true", "attention.backend=sdpa", "train.activation_checkpointing=full",
+                                                            "train.checkpoint_offload=true"))}
     for mode, (precision, stage) in zip(CHECKPOINTING, itertools.cycle([("fp32", 3), ("bf16", 3), ("fp16", 2), ("fp32", 1)])):  # noqa: B905
         backend = "triton" if mode == "selective and matmuls" else "sdpa"  # whose interpreter takes its time
         settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.stage={stage}", f"attention.backend={backend}"]
@@ -205,6 +207,33 @@ def parameters_left(config: Config) -> dict[str, int]:
     found = {"gathered": len(gathered), "left": sum(not reference.expired() for reference in gathered), "needs_backward": loss.requires_grad}
     let_go(engine)
     return found
+
+
+def long_contexts() -> dict:
+    """Sequences shared by both processes, tiles, block inputs in the host's memory, in combinations; by what they are to be compared with."""
+    torch.nn.functional.linear = LINEAR
+    shared, tiles, away = ["parallel.sequence=2"], ["train.mlp_tile=24"], ["train.activation_checkpointing=full", "train.checkpoint_offload=true"]
+    some_away = ["train.activation_checkpointing=every_n", "train.checkpoint_every=2", "train.checkpoint_offload=true"]
+    odd = ["model.heads=6", "model.kv_heads=3", "model.head_dim=8", "model.layers=3"]  # three key heads for two processes
+    every, one_row = [*shared, *tiles, *away], ["train.global_batch_size=1"]  # for Triton's interpreter
+    cells = {
+        "plain": [
+            shared, [*shared, "zero.stage=0"], [*shared, *tiles, "zero.stage=2", "train.gradient_accumulation_steps=2"],
+            [*every, "attention.backend=sdpa", *OFFLOAD["both"]], [*shared, *tiles, "train.activation_checkpointing=selective", "attention.backend=sdpa"],
+            [*shared, *tiles, "train.activation_checkpointing=deepspeed"], [*tiles, *away, "train.gradient_accumulation_steps=2"], [*tiles, "zero.stage=1"],
+            some_away,
+        ],
+        "plain_llama": [[*LLAMA, *each, "attention.backend=sdpa"] for each in (every, [*tiles, *some_away])],
+        "plain_features": [[*FEATURES, *every], [*FEATURES, *shared, *tiles, "attention.backend=tiled", *some_away]],
+        "plain_row": [[*FEATURES, *one_row, *every, "attention.backend=triton"]],
+        "plain_odd": [[*odd, *shared, "attention.backend=sdpa"]],
+        "plain_odd_rope": [[*odd, *every, *LLAMA[:1]]],
+    }  # fmt: skip
+    found = {name: {" ".join(settings): train(configure(*settings)) for settings in many} for name, many in cells.items()}
+    found["plain_ignored"] = {f"ignored {n}": train(configure(*shared, *tiles, f"train.gradient_accumulation_steps={n}"), ignored=True) for n in (1, 4)}
+    plain = {"plain_row": [*FEATURES, *one_row, *shared], "plain_odd": odd, "plain_odd_rope": [*odd, *LLAMA[:1]]}
+    bf16 = train(configure("train.precision=bf16", *every, "attention.backend=sdpa"))
+    return {"cells": found, "bf16": bf16, **{name: train_plainly(configure(*settings)) for name, settings in plain.items()}}
 
 
 def muon() -> dict:
@@ -307,11 +336,15 @@ def evaluation(folder: Path) -> dict:
             nats += float(plain(window[None, :-1], window[None, 1:]))
             tokens += len(window) - 1
             text_bytes += int(corpus.token_bytes[window[1:]].sum())
-    texts = [None, None]
+    shared_engine = build_engine(configure(*FEATURES, "parallel.sequence=2", "train.mlp_tile=24"), end_of_text=tokenizer.end_of_text)
+    shared = evaluate(shared_engine, validation_batches(corpus.split("validation"), sequences=None, **shape, sharing=2), corpus.token_bytes)
     settings = config.sample.model_copy(update={"tokens": 20, "prompt": "To be"})
-    dist.all_gather_object(texts, sample_text(engine, tokenizer, settings, sequence_length=32, seed=7))
+    sampled = [sample_text(each, tokenizer, settings, sequence_length=32, seed=7) for each in (engine, shared_engine)]
+    texts = [None, None]
+    dist.all_gather_object(texts, sampled)
     engine.destroy()
-    return {"found": found, "some": some, "nats": nats, "tokens": tokens, "bytes": text_bytes, "split_tokens": split.tokens, "samples": texts}
+    shared_engine.destroy()
+    return {"found": found, "some": some, "shared": shared, "nats": nats, "tokens": tokens, "bytes": text_bytes, "split_tokens": split.tokens, "samples": texts}
 
 
 def bf16_gradient_error(stage: int, *overrides: str) -> float:
@@ -378,6 +411,7 @@ def main() -> None:
         "means_of_means": {n: train_plainly(configure(), ignored=True, means_of=n) for n in (2, 4, 8)},
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
+        "long_contexts": long_contexts(),
         "muon": muon(),
         "compiled": compiled(),
         "bf16_gradient_error": {f"{stage} {offload}": bf16_gradient_error(stage, *OFFLOAD[offload]) for stage in (1, 2, 3) for offload in ("none", "optimizer")},
