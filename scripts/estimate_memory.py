@@ -42,6 +42,7 @@ FULL = "train.activation_checkpointing=full"
 SELECTIVE = "train.activation_checkpointing=selective"
 OFFLOAD = "zero.offload_optimizer=cpu"
 COMPILED = "train.compile=true"  # else a row's blocks are as written, which is what is predicted
+LONG = ("model.positions=rope", "model.sequence_length=131072", "train.checkpoint_offload=true", "attention.window=4096", "train.mlp_tile=16384")
 # processes -> (configuration, settings); micro batch by its first number. The most telling come first.
 ROWS = {
     1: (
@@ -58,6 +59,7 @@ ROWS = {
         ("gpt2-124m", 1, NO_CHECKPOINTING, "model.sequence_length=32768", "attention.backend=triton"),
         ("gpt2-124m", 32, "train.activation_checkpointing=deepspeed"), ("gpt2-355m", 8, SELECTIVE, OFFLOAD),
         ("gpt2-124m", 16, OFFLOAD, "zero.offload_parameters=cpu"), ("gpt2-124m", 16, OFFLOAD, "zero.stage=2"),
+        ("gpt-1.3b", 1, FULL, *LONG), ("gpt-1.3b", 1, FULL, *LONG[:-1]),
         ("gpt2-124m", 16, NO_CHECKPOINTING, COMPILED), ("llama-160m", 16, NO_CHECKPOINTING, COMPILED), ("gpt-1.3b", 8, FULL, COMPILED),
     ),
     2: (
@@ -67,6 +69,7 @@ ROWS = {
         ("gpt2-355m", 8, "train.bf16_states=true", "zero.reduce_dtype=bf16"), ("gpt2-355m", 8, FULL, "train.precision=fp32"),
         ("gpt2-124m", 8, "optimizer.name=muon"), ("gpt-1.3b", 16, FULL, "zero.reduce_bucket_size=10000000"),
         ("gpt2-355m", 8, OFFLOAD, "zero.offload_parameters=cpu"), ("gpt-1.3b", 4, NO_CHECKPOINTING, COMPILED),
+        ("gpt-1.3b", 1, FULL, *LONG, "parallel.sequence=2"), ("llama-1b", 1, FULL, "model.sequence_length=65536", "parallel.sequence=2", "train.checkpoint_offload=true"),
         ("gpt-1.3b", 4, FULL, "zero.reuse_distance=0", "zero.prefetch_bucket_size=50000000", "zero.persistence_threshold=0"),
     ),
 }  # fmt: skip
@@ -253,8 +256,9 @@ def train(config: Config) -> dict:
             tokens = torch.randint(
                 config.model.vocab_size, (config.train.micro_batch_size, config.model.sequence_length + 1), device=_engine.device
             )
-            batch = [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())]
-            del tokens
+            labels = tokens[:, 1:].chunk(config.parallel.sequence, 1)[0]  # of random tokens any part will do
+            batch = [(tokens[:, :-1].contiguous(), labels.contiguous())]
+            del tokens, labels
             result = train_step(_engine, batch, step, config, scale)
     if not result.applied:
         raise RuntimeError(f"the last step was skipped: loss {result.loss}, gradient norm {result.grad_norm}")  # then states may be missing

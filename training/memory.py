@@ -28,6 +28,7 @@ from training.activations import (
     eager_forward,
     loss_backward,
     loss_forward,
+    rotating_forward,
 )
 from training.compositions import faults
 from training.config import Config
@@ -41,6 +42,7 @@ ALLREDUCE_BUCKET = 500_000_000  # stages 0, and 1 in bf16
 NORM_BYTES = 8  # norms are taken in float64, a parameter at a time
 CUBLAS_WORKSPACE = 32 << 20  # what PyTorch reserves for cuBLAS on compute capability 9.0, the most of all
 NOT_OURS = "model.huggingface: memory is predicted of the project's own GPT alone; train some steps and read it in metrics.jsonl"
+MLP_TILE = 16384  # tokens: what is proposed where tiles would help
 CONTEXT = 0.07  # share of a GPU's memory that the CUDA context, NCCL's buffers and the allocator's gaps take
 
 
@@ -240,11 +242,14 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
     if config.model.huggingface is not None:
         raise UserFault(NOT_OURS)
     e = element_size(config)
-    shape = Shape(config.model, config.attention, config.train.micro_batch_size, e)
+    sharing = config.parallel.sequence
+    shape = Shape(config.model, config.attention, config.train.micro_batch_size, e, sharing, config.train.mlp_tile)
     parameters = _parameters(config.model.model_dump_json(include=set(GPTConfig.model_fields)))
     states = _states(config, parameters, processes)
-    kept, recomputed = _activations(config, shape)
-    always = states.always | {"workspace": workspace, "batch": 2 * 8 * shape.tokens * config.train.gradient_accumulation_steps}
+    kept, recomputed, back = _activations(config, shape)
+    always = states.always | {"workspace": workspace, "batch": 2 * 8 * shape.tokens * sharing * config.train.gradient_accumulation_steps}
+    if config.model.positions == "rope":
+        always["rotary table"] = FP32 * config.model.sequence_length // sharing * config.model.head_dim
     # Tied, it waits for the embedding's share.
     head_gradient = 0 if states.in_place and not config.model.tied_embeddings else e * parameters.head
     layers = config.model.layers
@@ -285,7 +290,7 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
             waiting = states.waiting * (layers - i) if states.whole_gradients and not between else states.waiting
         gradients = {"gradients": head_gradient + waiting + between.get("gradients", 0)}
         backward = {
-            "activations": before + kept[i],
+            "activations": before + kept[i] + back[i],
             "recomputed activations": recomputed[i],
             "gradients of activations": block_backward(shape),
         }
@@ -297,6 +302,8 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
         moments.append(moment(f"backward pass {which}", states.backward, sums, within, gradients, backward))
         if config.attention.backend == STANDARD:
             moments.append(moment(f"forward pass {which}", {"activations": before, "attention's scores": eager_forward(shape)}))
+        if config.model.positions == "rope":
+            moments.append(moment(f"forward pass {which}", {"activations": before, "rotation": rotating_forward(shape)}))
         if states.in_place:
             moments += reductions(which, states.in_place[layers - i], head_gradient, before)
         elif config.zero.stage == 3 or states.whole_gradients and i == 0:
@@ -324,30 +331,39 @@ def _checkpointing(config: Config) -> Checkpointing:
     return Checkpointing(train.activation_checkpointing, every=train.checkpoint_every or 1, keep_matmuls=train.keep_matmuls)
 
 
-def _activations(config: Config, shape: Shape) -> tuple[list[int], list[int]]:
-    """(bytes that each block keeps from the forward pass, bytes that are there in addition once it is computed again)."""
+def _activations(config: Config, shape: Shape) -> tuple[list[int], list[int], list[int]]:
+    """Bytes of each block: kept from the forward pass; there in addition once it is computed again; of the input before, which is coming back."""
     checkpointing, all_of_it = _checkpointing(config), sum(block_keeps(shape).values())
     some = sum(checkpoint_keeps(shape, checkpointing).values())
     moved = _moves_inputs(config)
-    kept, recomputed = [], []
+    *_, last = _checkpointed(config) or [-1]
+    kept, recomputed, back = [], [], []
     for i in range(config.model.layers):
         if not checkpointing.includes(i):
             kept.append(all_of_it)
             recomputed.append(0)
         else:
-            kept.append(0 if moved and i < config.model.layers - 1 else some)
+            kept.append(0 if moved and i < last else some)
             recomputed.append(all_of_it - kept[-1])
-    return kept, recomputed
+        back.append(some if config.train.checkpoint_offload and 0 < i <= last else 0)
+    return kept, recomputed, back
+
+
+def _checkpointed(config: Config) -> list[int]:
+    checkpointing = _checkpointing(config)
+    return [i for i in range(config.model.layers) if checkpointing.includes(i)]
 
 
 def _moves_inputs(config: Config) -> bool:
-    return config.train.activation_checkpointing == "deepspeed" and config.train.cpu_checkpointing
+    return config.train.checkpoint_offload or config.train.activation_checkpointing == "deepspeed" and config.train.cpu_checkpointing
 
 
 def _host_activations(config: Config, shape: Shape) -> dict[str, int]:
-    """Block inputs in pinned memory, whose allocator rounds up to powers of two."""
+    """Block inputs in pinned memory; DeepSpeed's is PyTorch's, whose allocator rounds up to powers of two."""
     if not _moves_inputs(config):
         return {}
+    if config.train.checkpoint_offload:
+        return {"block inputs": len(_checkpointed(config)) * shape.stream}
     return {"block inputs": (config.model.layers - 1) * 2 ** (shape.stream - 1).bit_length()}
 
 
@@ -501,10 +517,18 @@ def changed(config: Config, settings: dict[str, object]) -> Config:
     return config
 
 
-def _changes(config: Config) -> list[dict[str, object]]:
+def _changes(config: Config, processes: int) -> list[dict[str, object]]:
     """Settings that can lower the peak and leave the loss as it is, but for the last, which costs some (docs/modes.md)."""
     micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
     found: list[dict[str, object]] = [{"train.activation_checkpointing": mode} for mode in ("selective", "full", "deepspeed")]
+    found.append({"train.activation_checkpointing": "full", "train.checkpoint_offload": True, "train.checkpoint_every": None})
+    # What auto says of these two.
+    as_written = {"train.compile": False} if config.train.compile else {}
+    found.append({"train.mlp_tile": MLP_TILE} | as_written)
+    if micro == 1:
+        shares = [n for n in range(2, processes + 1) if processes % n == 0]
+        sharing = config.parallel.sequence
+        found += [{"parallel.sequence": n, "train.gradient_accumulation_steps": accumulation * n // sharing} | as_written for n in shares if n > sharing and n % sharing == 0]
     if config.attention.backend == STANDARD:
         found.append({"attention.backend": "auto"})
     if micro % 2 == 0:
@@ -521,7 +545,7 @@ def savings(config: Config, processes: int) -> list[tuple[dict[str, object], int
     What does not compose, or saves nothing, is left out.
     """
     now, best = estimate(config, processes).peak.bytes, {}
-    for settings in _changes(config):
+    for settings in _changes(config, processes):
         other, key = changed(config, settings), next(iter(settings))
         if other != config and not faults(other):
             saved = now - estimate(other, processes).peak.bytes
@@ -547,9 +571,9 @@ def largest_micro_batch(config: Config, processes: int, available: int) -> int:
 
 
 def largest_sequence(config: Config, processes: int, available: int) -> int:
-    """In tokens, at a micro batch of 1; a multiple of 128."""
+    """In tokens, at a micro batch of 1; a multiple of 128 for each process that shares it."""
     one = changed(config, {"train.micro_batch_size": 1})
-    return largest(lambda n: estimate(changed(one, {"model.sequence_length": n}), processes).peak.bytes <= available, step=128)
+    return largest(lambda n: estimate(changed(one, {"model.sequence_length": n}), processes).peak.bytes <= available, step=128 * config.parallel.sequence)
 
 
 # --- In words ---------------------------------------------------------------------------------------------------------

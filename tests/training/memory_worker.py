@@ -62,7 +62,8 @@ def follow(settings: list[str], logits_at_once: int) -> dict[str, int]:
             batches = []
             for _ in range(config.train.gradient_accumulation_steps):
                 tokens = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, config.model.sequence_length + 1))
-                batches.append((tokens[:, :-1].clone(), tokens[:, 1:].clone()))
+                sharing = config.parallel.sequence
+                batches.append((tokens[:, :-1].clone(), tokens[:, 1:].chunk(sharing, 1)[dist.get_rank() % sharing].clone()))
             train_step(engine, batches, number, config)
     del engine.backward, engine.step, backward, step, phase
     let_go(engine)

@@ -29,6 +29,9 @@ ONE = "train.global_batch_size=1"
 FULL = "train.activation_checkpointing=full"
 DEEP = ["model.layers=6", "zero.prefetch_bucket_size=200000"]  # 1.2M parameters in blocks
 NEAR = ["zero.reuse_distance=400000"]
+LONG = ["train.global_batch_size=1", "model.sequence_length=1024", FEW_WORDS, "model.layers=4"]
+OFFLOADED = [FULL, "train.checkpoint_offload=true"]
+TILES = ["train.mlp_tile=128"]
 NEVER = ["zero.reuse_distance=0", "zero.prefetch_bucket_size=100000"]
 CASES = [
     ["zero.stage=3"],
@@ -42,6 +45,8 @@ CASES = [
     ["zero.stage=0", "train.precision=fp32", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.precision=fp16"],
+    [*LONG, *OFFLOADED, *TILES, "model.positions=rope", "parallel.sequence=2"],
+    ["train.global_batch_size=2", *LONG[1:], *OFFLOADED, *TILES, *LLAMA],
 ]
 
 
@@ -113,14 +118,14 @@ def test_the_measuring_mode_trains_each_row_and_says_what_it_left_out(seen):
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize(
-    "dialect", [[], LLAMA, ["model.kv_heads=1"], [*LLAMA, "model.kv_heads=1"], ["model.dropout=0.1"], [ONE], [ONE, *LLAMA]], ids=str
+    "dialect", [[], LLAMA, ["model.kv_heads=1"], [*LLAMA, "model.kv_heads=1"], ["model.dropout=0.1"], [ONE], [ONE, *LLAMA], TILES], ids=str
 )
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 def test_a_block_keeps_what_the_formula_says(backend, dialect, precision, monkeypatch):
     """Every storage that autograd saves in one block more, parameters aside."""
     as_on_a_gpu(monkeypatch)
     config = configure("train.global_batch_size=2", *dialect, f"attention.backend={backend}", f"train.precision={precision}")
-    shape = Shape(config.model, config.attention, config.train.micro_batch_size, memory.element_size(config))
+    shape = Shape(config.model, config.attention, config.train.micro_batch_size, memory.element_size(config), tile=config.train.mlp_tile)
     keeps = block_keeps(shape)
     if config.model.dropout:
         keeps["dropout masks"] *= shape.e  # on CPUs they are numbers
@@ -140,7 +145,8 @@ def test_a_checkpointed_block_keeps_its_input(checkpointing):
 def saved(config, layers: int, checkpointing: Checkpointing = Checkpointing()) -> int:
     """Bytes of the storages that autograd holds after the forward pass of a model of so many layers, parameters aside."""
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    model = GPT(config.model.model_copy(update={"layers": layers}), config.attention, checkpointing=checkpointing).to(dtype)
+    model = GPT(config.model.model_copy(update={"layers": layers}), config.attention, checkpointing=checkpointing,
+                mlp_tile=config.train.mlp_tile).to(dtype)
     own, storages = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
