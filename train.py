@@ -304,7 +304,8 @@ def describe(config: Config, meter, corpus=None) -> str:
     data = "" if corpus is None else f"{describe_data(config, corpus)}\n"
     return (
         f"model  {meter.parameters['total']:,} parameters: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads of {model.head_dim}, "
-        f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}{', blocks compiled' * train.compile}\n"
+        f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}"
+        f"{', offloaded' * train.checkpoint_offload}{f', feed-forward in tiles of {train.mlp_tile}' if train.mlp_tile else ''}{', blocks compiled' * train.compile}\n"
         f"{data}"
         f"batch  {train.micro_batch_size} micro x {train.gradient_accumulation_steps} accumulation x {processes} = {train.global_batch_size} "
         f"sequences of {model.sequence_length} = {meter.tokens_per_step:,} tokens a step, {train.steps} steps\n"

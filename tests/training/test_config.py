@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from model.gpt import count_parameters
+from training import memory
 from training.config import Config, ConfigError, load_config
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
@@ -49,7 +50,7 @@ def test_shipped_configurations_load_and_have_the_parameters_their_comment_says(
 
 def test_the_shipped_configurations_are_all_there():
     assert {
-        "base", "quickstart", "gpt2-124m", "gpt2-124m-documents", "gpt2-355m", "gpt2-774m", "gpt-1.3b", "gpt-2.7b", "gpt-6.7b", "llama-160m", "llama-1b", "llama-7b",
+        "base", "quickstart", "gpt2-124m", "gpt2-124m-documents", "gpt2-355m", "gpt2-774m", "gpt-1.3b", "gpt-1.3b-long", "gpt-2.7b", "gpt-6.7b", "llama-160m", "llama-1b", "llama-7b",
         "deepspeed-offload", "fineweb-124m",
     } <= {path.stem for path in CONFIGS}
 
@@ -59,6 +60,26 @@ def test_the_shipped_configurations_are_all_there():
 def test_geometries_have_the_parameters_of_the_released_weights(name, vocab_size, published):
     config, _ = load_config(f"configs/{name}.yaml", [f"model.vocab_size={vocab_size}"])
     assert count_parameters(config.model)["total"] == published
+
+
+@pytest.mark.parametrize("gpus, settings, host", [
+    (1, [], 91.6), (1, ["model.sequence_length=262144", "attention.window=null", "train.mlp_tile=null"], 24.0),
+    (4, ["parallel.sequence=4", "model.sequence_length=4000000"], 91.6), (4, ["parallel.sequence=4", "model.sequence_length=1048576", "attention.window=null"], 24.0)])
+def test_long_contexts_are_predicted_to_fit(gpus, settings, host):
+    """On H200s in hosts of 128 GiB a GPU, as the file's comment says."""
+    config, _ = load_config("configs/gpt-1.3b-long.yaml", settings, world_size=gpus, assumed_gpu=(9, 0))
+    found = memory.estimate(config, gpus)
+    assert config.train.global_batch_size == 1 and found.peak.bytes < 0.8 * memory.capacity("H200")
+    assert sum(found.host.values()) / memory.GIB == pytest.approx(host, abs=0.05)
+
+
+@pytest.mark.parametrize("processes, settings, fault", [
+    (4, ["parallel.sequence=3", "model.heads=6", "model.sequence_length=1023"], "parallel.sequence: 3 processes share a sequence, and 4 cannot be divided .* use a divisor of 4"),
+    (4, ["parallel.sequence=2", "train.global_batch_size=5"], "train.global_batch_size: .*4 processes / 2 that share a sequence, global_batch_size 5"),
+])
+def test_processes_that_share_sequences_must_work_out(processes, settings, fault):
+    with pytest.raises(ConfigError, match=fault):
+        load_config("configs/base.yaml", settings, world_size=processes)
 
 
 def test_base_is_inherited_key_by_key_and_the_command_line_wins(load):
