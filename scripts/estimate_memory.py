@@ -238,33 +238,40 @@ def measured_row(name: str, micro: int, settings: list[str], world: int) -> dict
     return row | {"seconds": round(time.perf_counter() - began, 2)}
 
 
-def train(config: Config) -> dict:
-    """Peak bytes of the steps, and of what the host holds more than before, on this rank."""
+def train(config: Config, *, steps: int = STEPS, first: int | None = None) -> dict:
+    """Seconds of each step, and of a GPU its peak bytes and what the host holds more than before, on this rank.
+
+    first: the first step is of so many tokens a sequence, after which the optimizer's states are there, and its peak is forgotten.
+    """
     from training.engine import build_engine, train_step
     from training.loss_scale import LossScale
 
     let_go_of_all()
     on_gpu = torch.cuda.is_available()
     held, host = torch.cuda.memory_allocated() if on_gpu else 0, resident()
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
+    lengths, seconds = [first or config.model.sequence_length, *[config.model.sequence_length] * (steps - 1)], []
     global _engine
     with quickly(config):
         _engine = build_engine(config, end_of_text=0)
         scale = LossScale(1.0) if config.train.precision == "fp16" else None
-        for step in range(STEPS):
-            tokens = torch.randint(
-                config.model.vocab_size, (config.train.micro_batch_size, config.model.sequence_length + 1), device=_engine.device
-            )
+        for step, length in enumerate(lengths):
+            if on_gpu and (step == 0 or step == 1 and first is not None):
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            tokens = torch.randint(config.model.vocab_size, (config.train.micro_batch_size, length + 1), device=_engine.device)
             labels = tokens[:, 1:].chunk(config.parallel.sequence, 1)[0]  # of random tokens any part will do
             batch = [(tokens[:, :-1].contiguous(), labels.contiguous())]
             del tokens, labels
             result = train_step(_engine, batch, step, config, scale)
+            if on_gpu:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
     if not result.applied:
         raise RuntimeError(f"the last step was skipped: loss {result.loss}, gradient norm {result.grad_norm}")  # then states may be missing
     if not on_gpu:
-        return {}
+        return {"step_seconds": seconds}
     return {
+        "step_seconds": seconds,
         "measured_bytes": torch.cuda.max_memory_allocated() - held,
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         "held_before_bytes": held,

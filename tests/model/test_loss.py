@@ -70,6 +70,12 @@ def test_extreme_logits_neither_overflow_nor_lose_the_loss():
     check(x, weight, labels, 1e-5)
 
 
+def test_a_sequence_of_a_million_tokens(monkeypatch):
+    """In 123 parts, as those of 50,304 words are: their sums in float32 lose nothing that counts."""
+    monkeypatch.setattr(model.loss, "LOGITS_AT_ONCE", 8 * 8192)
+    check(*tensors(tokens=1_000_000, vocabulary=8), 1e-6)
+
+
 class Largest(TorchDispatchMode):
     """The most elements of any tensor that an operation returns, and how many operations were products of matrices."""
 

@@ -1,0 +1,282 @@
+"""What memory buys: standard attention (`eager`) against ours on one GPU, at equal checkpointing and loss; and what offloaded checkpoints cost.
+
+    python scripts/measure_limits.py --out docs/results/limits-h200.json [--parts speed batch sequence offload]
+    python scripts/measure_limits.py --plot docs/results/limits-h200.json
+
+speed     tokens/s over the length of the sequence, --tokens in a step, gpt2-124m
+batch     the largest micro batch of sequences of 2048 that trains, gpt2-124m
+sequence  the longest sequence that trains, gpt2-124m
+offload   tokens/s with and without train.checkpoint_offload from 32,768 tokens on, gpt-1.3b
+
+Every attempt is training by train.py's engine on random tokens, blocks as written (train.compile: false), RoPE, full checkpointing. The limits
+are searched in steps of 5% from where the prediction (training/memory.py) puts them, which stands beside them. A step that would take longer
+than --longest by the model's FLOPs is not tried: then what is found is what fits into that time, and is called so. Written after every attempt;
+the second form draws the JSON beside it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402
+
+from scripts.estimate_memory import let_go_of_all, train  # noqa: E402
+from training.config import Config, load_config  # noqa: E402
+from training.distributed import join_process_group  # noqa: E402
+from training.files import write_atomically  # noqa: E402
+from training.memory import capacity, estimate, largest_micro_batch, largest_sequence  # noqa: E402
+
+PARTS = ("speed", "batch", "sequence", "offload")
+BACKENDS = ("eager", "auto")
+EQUAL = (
+    "model.positions=rope", "train.activation_checkpointing=full", "train.compile=false",
+    "train.gradient_accumulation_steps=1", "train.global_batch_size=null",
+)  # fmt: skip
+STRIDE = 1.05  # from one attempt at a limit to the next
+MFU = 0.5  # what --longest assumes of long sequences: causality is not discounted, and half of that is not computed
+GIB = 2**30
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if options.plot:
+        result = json.loads(options.plot.read_text())
+        print(report(result))
+        draw(result).savefig(options.plot.with_suffix(".png"), dpi=150)
+        return 0
+    from training.tracking import collect_environment, to_json
+
+    join_process_group()
+    torch._dynamo.config.recompile_limit = 64  # the loss is compiled for each size; past the limit it would be eager
+    result = {"environment": collect_environment(), "command": " ".join(sys.argv), **{part: [] for part in options.parts}}
+
+    def note(part: str, row: dict) -> None:
+        result[part].append(row)
+        print(part, json.dumps({key: value for key, value in row.items() if key != "settings"}), flush=True)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, to_json(result))
+
+    for part in options.parts:
+        {"speed": speed, "batch": batch, "sequence": sequence, "offload": offload}[part](options, lambda row, part=part: note(part, row))
+    print(f"\n{report(result)}\nwritten to {options.out}")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/limits.json")
+    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw and print what was measured")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072], help="of speed")
+    parser.add_argument("--tokens", type=int, default=32768, help="in a step of speed, unless the sequence is longer")
+    parser.add_argument("--offload-lengths", type=int, nargs="+", default=[32768, 65536, 131072])
+    parser.add_argument("--steps", type=int, default=4, help="of speed and offload; the first is not counted")
+    parser.add_argument("--longest", type=float, default=240, help="seconds of a step beyond which no longer sequence is tried")
+    parser.add_argument("--override", nargs="*", default=[], metavar="section.key=value", help="of every attempt, for smaller ones")
+    return parser.parse_args(arguments)
+
+
+# --- the parts --------------------------------------------------------------------------------------------------------
+
+
+def speed(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+    for length in options.lengths:
+        for backend in BACKENDS:
+            micro = max(1, options.tokens // length)
+            config = configure("gpt2-124m", length, micro, f"attention.backend={backend}", *options.override)
+            note(timed(config, options.steps))
+
+
+def offload(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+    for length in options.offload_lengths:
+        for moved in ("false", "true"):
+            config = configure("gpt-1.3b", length, 1, f"train.checkpoint_offload={moved}", *options.override)
+            note({"offload": moved == "true", **timed(config, options.steps)})
+
+
+def batch(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+    for backend in BACKENDS:
+        config = configure("gpt2-124m", 2048, 1, f"attention.backend={backend}", *options.override)
+        predicted = largest_micro_batch(config, 1, total_memory(config))
+        note(limit(lambda n, b=backend: configure("gpt2-124m", 2048, n, f"attention.backend={b}", *options.override), predicted, 1, None, options))
+
+
+def sequence(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+    for backend in BACKENDS:
+        config = configure("gpt2-124m", 2048, 1, f"attention.backend={backend}", *options.override)
+        predicted = largest_sequence(config, 1, total_memory(config))
+        note(limit(lambda n, b=backend: configure("gpt2-124m", n, 1, f"attention.backend={b}", *options.override), predicted, 1024, 2048, options))
+
+
+def configure(name: str, length: int, micro: int, *settings: str) -> Config:
+    sizes = (f"model.sequence_length={length}", f"train.micro_batch_size={micro}")
+    return load_config(ROOT / "configs" / f"{name}.yaml", [*EQUAL, *sizes, *settings])[0]
+
+
+def total_memory(config: Config) -> int:
+    """Bytes that tensors may have: all of this GPU's but what its context takes; of a CPU, for trying this script, an H200's."""
+    if not torch.cuda.is_available():
+        return capacity("H200")
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+
+
+# --- one attempt ------------------------------------------------------------------------------------------------------
+
+
+def described(config: Config) -> dict:
+    return {
+        "backend": config.attention.backend,
+        "sequence_length": config.model.sequence_length,
+        "micro_batch": config.train.micro_batch_size,
+        "predicted_bytes": estimate(config, 1).peak.bytes,
+        "predicted_host_bytes": sum(estimate(config, 1).host.values()),
+    }
+
+
+def attempt(config: Config, **options: int | None) -> dict:
+    """What ``estimate_memory.train`` says, and whether it fits."""
+    began = time.perf_counter()
+    try:
+        found = {"fits": True, **train(config, **options)}
+    except torch.OutOfMemoryError:
+        found = {"fits": False}
+    let_go_of_all()
+    return described(config) | found | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+def timed(config: Config, steps: int) -> dict:
+    """An attempt with its tokens/s; of what is predicted to need much more than there is, the prediction alone."""
+    if estimate(config, 1).peak.bytes > 1.2 * total_memory(config):
+        return described(config) | {"fits": False, "tried": False}
+    row = attempt(config, steps=steps)
+    if row["fits"]:
+        row["tokens_per_second"] = row["sequence_length"] * row["micro_batch"] / median(row["step_seconds"][1:])
+    return row
+
+
+def limit(of: Callable[[int], Config], predicted: int, unit: int, first: int | None, options: argparse.Namespace) -> dict:
+    """The largest multiple of ``unit`` that trains two steps, the first of them of ``first`` tokens a sequence."""
+    tries: list[dict] = []
+    in_time = largest_in_time(of, max(unit, predicted), unit, options.longest)
+
+    def fits(n: int) -> bool:
+        tries.append(attempt(of(n), steps=2, first=first))
+        return tries[-1]["fits"]
+
+    found, by_time = search(fits, min(predicted, in_time), unit, in_time)
+    largest = next((row for row in tries if row["fits"] and found in (row["micro_batch"], row["sequence_length"])), {})
+    return {"backend": of(unit).attention.backend, "predicted": predicted, "largest": found, "bounded_by_time": by_time, "at_largest": largest, "tries": tries}
+
+
+def search(fits: Callable[[int], bool], start: int, unit: int, most: int) -> tuple[int, bool]:
+    """(the largest multiple of ``unit`` up to ``most`` that fits, to within STRIDE of a limit near ``start``; whether ``most`` is what ended it)."""
+    rounded = max(unit, start // unit * unit)
+
+    def next_to(n: int, up: bool) -> int:
+        further = int(n * STRIDE if up else n / STRIDE) // unit * unit
+        return min(most // unit * unit, max(further, n + unit)) if up else max(unit, min(further, n - unit))
+
+    if not fits(rounded):
+        while rounded > unit:
+            rounded = next_to(rounded, up=False)
+            if fits(rounded):
+                return rounded, False
+        return 0, False
+    while (further := next_to(rounded, up=True)) > rounded:
+        if not fits(further):
+            return rounded, False
+        rounded = further
+    return rounded, True
+
+
+def largest_in_time(of: Callable[[int], Config], predicted: int, unit: int, seconds: float) -> int:
+    """The most whose step is expected to take so long; twice the prediction where time is no matter."""
+    from training.metering import Meter
+
+    most = 2 * predicted
+
+    def expected(n: int) -> float:
+        meter = Meter(of(n), 1, device_name=torch.cuda.get_device_name() if torch.cuda.is_available() else "H200")
+        return meter.flops_per_token * meter.tokens_per_step / (MFU * meter.peak_flops)
+
+    while most > unit and expected(most) > seconds:
+        most = max(unit, int(most / STRIDE) // unit * unit)
+    return most
+
+
+# --- in words, and drawn ----------------------------------------------------------------------------------------------
+
+
+def report(result: dict) -> str:
+    lines = []
+    for part in ("sequence", "batch"):
+        found = {row["backend"]: row for row in result.get(part, [])}
+        for backend, row in found.items():
+            peak = row["at_largest"].get("measured_bytes")
+            lines.append(
+                f"{part}: {backend} trains {row['largest']:,} (predicted {row['predicted']:,})"
+                + (f", {peak / GIB:.1f} GiB there, predicted {row['at_largest']['predicted_bytes'] / GIB:.1f}" if peak else "")
+                + (", where --longest ended the search, not memory" if row["bounded_by_time"] else "")
+            )
+        if len(found) == 2 and "eager" in found and found["eager"]["largest"]:
+            (ours,) = (row for backend, row in found.items() if backend != "eager")
+            lines.append(f"{part}: {ours['largest'] / found['eager']['largest']:.1f} times eager's")
+    for length, rows in by_length(result.get("speed", [])).items():
+        lines.append(f"speed at {length:,}: " + ", ".join(f"{row['backend']} {told(row)}" for row in rows))
+        if all("tokens_per_second" in row for row in rows) and len(rows) == 2:
+            lines[-1] += f": {rows[1]['tokens_per_second'] / rows[0]['tokens_per_second']:.2f} times eager's"
+    for length, rows in by_length(result.get("offload", [])).items():
+        lines.append(f"offload at {length:,}: " + ", ".join(f"{'offloaded' if row['offload'] else 'kept'} {told(row)}" for row in rows))
+        if all("tokens_per_second" in row for row in rows) and len(rows) == 2:
+            lines[-1] += f": costs {1 - rows[1]['tokens_per_second'] / rows[0]['tokens_per_second']:.1%}"
+    return "\n".join(lines)
+
+
+def told(row: dict) -> str:
+    if "tokens_per_second" not in row:
+        return f"does not fit ({row['predicted_bytes'] / GIB:.0f} GiB predicted)"
+    peak = f", {row['measured_bytes'] / GIB:.1f} GiB" if "measured_bytes" in row else ""
+    return f"{row['tokens_per_second']:,.0f} tokens/s{peak}"
+
+
+def by_length(rows: list[dict]) -> dict[int, list[dict]]:
+    return {length: [row for row in rows if row["sequence_length"] == length] for length in dict.fromkeys(row["sequence_length"] for row in rows)}
+
+
+def draw(result: dict):
+    """Speed over length, the largest batch and the longest sequence, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), width_ratios=(2, 1, 1), layout="constrained")
+    measured = [row for row in result.get("speed", []) if "tokens_per_second" in row]
+    for backend in dict.fromkeys(row["backend"] for row in measured):
+        points = [(row["sequence_length"], row["tokens_per_second"]) for row in measured if row["backend"] == backend]
+        left.plot(*zip(*points, strict=True), marker="o", label=backend)
+    left.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="tokens/s", title="Training speed, gpt2-124m, full checkpointing")
+    left.set_xscale("log", base=2)
+    if measured:
+        left.legend()
+    for axis, part, title in ((middle, "batch", "Largest micro batch at 2,048 tokens"), (right, "sequence", "Longest sequence")):
+        rows = result.get(part, [])
+        bars = axis.bar([row["backend"] for row in rows], [row["largest"] for row in rows])
+        axis.bar_label(bars, [f"{row['largest']:,}{' or more' * row['bounded_by_time']}" for row in rows])
+        axis.scatter([row["backend"] for row in rows], [row["predicted"] for row in rows], marker="_", s=2000, color="black", label="predicted")
+        axis.set(title=title, yscale="log")
+        if rows:
+            axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
