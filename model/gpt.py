@@ -224,11 +224,11 @@ def make_norm(config: GPTConfig) -> nn.Module:
 def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
     """Cosines and sines of RoPE's angles (Su et al. 2021, equation 34) at int64 [sequence]: float32 [2, sequence, 1, head_dim / 2].
 
-    Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences. The angles are float64:
-    at position 1,000,000 those of float32 are up to 0.06 off.
+    Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences. Frequencies are float32, as
+    those that published weights were trained with, angles float64: at position 1,000,000 those of float32 are up to 0.06 off.
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
-    angle = torch.outer(positions.double(), frequency)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(positions.double(), frequency.double())
     return torch.stack((angle.cos().float(), angle.sin().float())).unsqueeze(2)
 
 

@@ -184,9 +184,20 @@ def test_checkpointing_and_offload_on_a_gpu(tmp_path):
     done = deepspeed_run("tests/training/zero_worker.py", out, processes=1, gpus=True)
     assert done.returncode == 0, done.stdout + done.stderr
     cells = json.loads(out.read_text())
-    assert len(cells) == 7 * 2 * 2
+    assert len(cells) == 9 * 2 * 2
     for name, cell in cells.items():
         assert_same_training(cell, cells["none, none, bf16"], relative=2e-3, name=name)
-    used = {mode: cells[f"{mode}, none, bf16"]["bytes"] for mode in ("none", "every_n", "selective and matmuls", "selective", "full", "deepspeed")}
+    used = {mode: cells[f"{mode}, none, bf16"]["bytes"] for mode in
+            ("none", "every_n", "selective and matmuls", "selective", "full", "deepspeed", "full offloaded", "full tiles")}
     assert used["full"] < used["every_n"] < used["none"] and used["full"] < used["selective"] < used["selective and matmuls"] < used["none"], used
-    assert used["deepspeed"] < used["full"], used
+    assert max(used["deepspeed"], used["full offloaded"], used["full tiles"]) < used["full"], used
+
+
+@pytest.mark.gpu(count=2)
+def test_gpus_that_share_sequences_train_as_those_that_do_not(tmp_path):
+    out = tmp_path / "seen.json"
+    done = deepspeed_run("tests/training/zero_worker.py", out, processes=2, gpus=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, runs in json.loads(out.read_text()).items():
+        for how in ("shared", "everything"):
+            assert_same_training(runs[how], runs["apart"], relative=2e-3, name=f"{name}, {how}")

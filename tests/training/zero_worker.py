@@ -50,6 +50,7 @@ CHECKPOINTING = {
     "deepspeed": [], "deepspeed classic": ["train.partition_activations=classic"],
 }  # fmt: skip
 OFFLOAD = {"none": [], "optimizer": ["zero.offload_optimizer=cpu"], "both": ["zero.offload_optimizer=cpu", "zero.offload_parameters=cpu"]}
+BIG = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024"]  # for GPUs
 LINEAR = torch.nn.functional.linear
 
 cpuinfo.get_cpu_info = functools.lru_cache(cpuinfo.get_cpu_info)  # DeepSpeed's CPU Adam asks each time, which takes a second
@@ -249,17 +250,25 @@ def muon() -> dict:
 
 def on_a_gpu() -> dict:
     """Losses and peak memory of each checkpointing mode, with offload and without, in bf16 and fp16, in a model whose activations count."""
-    cells = {}
-    big = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024", "attention.backend=triton", "zero.offload_optimizer=cpu"]
-    for mode, parameters in itertools.product(CHECKPOINTING, ("none", "cpu")):
+    cells, modes = {}, {**CHECKPOINTING, "full offloaded": ["train.checkpoint_offload=true"], "full tiles": ["train.mlp_tile=512"]}
+    big = [*BIG, "attention.backend=triton", "zero.offload_optimizer=cpu"]
+    for mode, parameters in itertools.product(modes, ("none", "cpu")):
         for precision in ("bf16", "fp16"):
             torch.nn.functional.linear = LINEAR
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
             settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.offload_parameters={parameters}"]
-            cells[f"{mode}, {parameters}, {precision}"] = {**train(configure(*big, *settings, *CHECKPOINTING[mode])), "bytes": torch.cuda.max_memory_allocated() - held}
+            cells[f"{mode}, {parameters}, {precision}"] = {**train(configure(*big, *settings, *modes[mode])), "bytes": torch.cuda.max_memory_allocated() - held}
     return cells
+
+
+def on_two_gpus() -> dict:
+    """Two that share sequences, and two that do not: key heads fewer than GPUs, features, everything that long contexts take."""
+    everything = ["train.activation_checkpointing=full", "train.checkpoint_offload=true", "train.mlp_tile=512"]
+    cases = {"plain": ["attention.backend=auto"], "llama": [*LLAMA, "attention.backend=auto"], "features": [*FEATURES, "attention.backend=triton"]}
+    sharing = {"apart": [], "shared": ["parallel.sequence=2"], "everything": ["parallel.sequence=2", *everything]}
+    return {name: {how: train(configure(*BIG, "train.precision=bf16", *case, *more)) for how, more in sharing.items()} for name, case in cases.items()}
 
 
 def loss_scale_search() -> dict:
@@ -398,7 +407,7 @@ def deepspeed_keys() -> dict:
 def main() -> None:
     out = Path(sys.argv[-1])  # the launcher puts --local_rank first
     join_process_group()
-    seen = on_a_gpu() if torch.cuda.is_available() else {
+    seen = (on_two_gpus() if dist.get_world_size() == 2 else on_a_gpu()) if torch.cuda.is_available() else {
         "grid": grid(),
         "plain": train_plainly(configure()),
         "plain_llama": train_plainly(configure(*LLAMA)),
