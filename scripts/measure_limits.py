@@ -1,7 +1,7 @@
 """What memory buys: standard attention (`eager`) against ours on one GPU, at equal checkpointing and loss; and what offloaded checkpoints cost.
 
-    python scripts/measure_limits.py --out docs/results/limits-h200.json [--parts speed batch sequence offload]
-    python scripts/measure_limits.py --plot docs/results/limits-h200.json
+    python scripts/measure_limits.py --parts speed batch --out docs/results/limits-h200-speed.json
+    python scripts/measure_limits.py --plot docs/results/limits-h200-*.json --out docs/results/limits-h200.png
 
 speed     tokens/s over the length of the sequence, --tokens in a step, gpt2-124m
 batch     the largest micro batch of sequences of 2048 that trains, gpt2-124m
@@ -10,8 +10,8 @@ offload   tokens/s with and without train.checkpoint_offload from 32,768 tokens 
 
 Every attempt is training by train.py's engine on random tokens, blocks as written (train.compile: false), RoPE, full checkpointing. The limits
 are searched in steps of 5% from where the prediction (training/memory.py) puts them, which stands beside them. A step that would take longer
-than --longest by the model's FLOPs is not tried: then what is found is what fits into that time, and is called so. Written after every attempt;
-the second form draws the JSON beside it.
+than --longest by the model's FLOPs is not tried: then what is found is what fits into that time, and is called so. All parts, the default, take
+some 15 minutes of an H200, each of them less than 6. The JSON is written after every row; the second form tells and draws that of several parts.
 """
 
 import argparse
@@ -48,9 +48,9 @@ GIB = 2**30
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.plot:
-        result = json.loads(options.plot.read_text())
+        result = {part: rows for file in options.plot for part, rows in json.loads(file.read_text()).items()}
         print(report(result))
-        draw(result).savefig(options.plot.with_suffix(".png"), dpi=150)
+        draw(result).savefig(options.out, dpi=150)
         return 0
     from training.tracking import collect_environment, to_json
 
@@ -73,8 +73,8 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/limits.json")
-    parser.add_argument("--plot", type=Path, metavar="JSON", help="draw and print what was measured")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/limits.json", help="a JSON; with --plot a picture, such as .png")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="JSON", help="print what was measured, and draw it to --out")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072], help="of speed")
     parser.add_argument("--tokens", type=int, default=32768, help="in a step of speed, unless the sequence is longer")
     parser.add_argument("--offload-lengths", type=int, nargs="+", default=[32768, 65536, 131072])
@@ -252,30 +252,35 @@ def by_length(rows: list[dict]) -> dict[int, list[dict]]:
 
 
 def draw(result: dict):
-    """Speed over length, the largest batch and the longest sequence, side by side."""
+    """Speed over length, the largest batch and the longest sequence, side by side, as far as they were measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.5), width_ratios=(2, 1, 1), layout="constrained")
-    measured = [row for row in result.get("speed", []) if "tokens_per_second" in row]
+    parts = [part for part in ("speed", "batch", "sequence") if result.get(part)]
+    figure, axes = pyplot.subplots(1, max(1, len(parts)), figsize=(5 * max(1, len(parts)), 4.5), layout="constrained", squeeze=False)
+    for axis, part in zip(axes[0], parts, strict=False):
+        (draw_speed if part == "speed" else draw_limit)(axis, part, result[part])
+    return figure
+
+
+def draw_speed(axis, part: str, rows: list[dict]) -> None:
+    measured = [row for row in rows if "tokens_per_second" in row]
     for backend in dict.fromkeys(row["backend"] for row in measured):
         points = [(row["sequence_length"], row["tokens_per_second"]) for row in measured if row["backend"] == backend]
-        left.plot(*zip(*points, strict=True), marker="o", label=backend)
-    left.set(xscale="log", yscale="log", xlabel="sequence length", ylabel="tokens/s", title="Training speed, gpt2-124m, full checkpointing")
-    left.set_xscale("log", base=2)
-    if measured:
-        left.legend()
-    for axis, part, title in ((middle, "batch", "Largest micro batch at 2,048 tokens"), (right, "sequence", "Longest sequence")):
-        rows = result.get(part, [])
-        bars = axis.bar([row["backend"] for row in rows], [row["largest"] for row in rows])
-        axis.bar_label(bars, [f"{row['largest']:,}{' or more' * row['bounded_by_time']}" for row in rows])
-        axis.scatter([row["backend"] for row in rows], [row["predicted"] for row in rows], marker="_", s=2000, color="black", label="predicted")
-        axis.set(title=title, yscale="log")
-        if rows:
-            axis.legend()
-    return figure
+        axis.plot(*zip(*points, strict=True), marker="o", label=backend)
+    axis.set(yscale="log", xlabel="sequence length", ylabel="tokens/s", title="gpt2-124m, full checkpointing")
+    axis.set_xscale("log", base=2)
+    axis.legend()
+
+
+def draw_limit(axis, part: str, rows: list[dict]) -> None:
+    bars = axis.bar([row["backend"] for row in rows], [row["largest"] for row in rows])
+    axis.bar_label(bars, [f"{row['largest']:,}{' or more' * row['bounded_by_time']}" for row in rows])
+    axis.scatter([row["backend"] for row in rows], [row["predicted"] for row in rows], marker="_", s=2000, color="black", label="predicted")
+    axis.set(title={"batch": "largest micro batch at 2,048 tokens", "sequence": "longest sequence"}[part], yscale="log")
+    axis.legend()
 
 
 if __name__ == "__main__":

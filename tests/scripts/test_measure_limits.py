@@ -63,8 +63,12 @@ def test_limits_are_found_written_told_and_drawn(trained, tmp_path, capsys):
     assert "times eager's" in told and "speed at 131,072: eager does not fit" in told and "offload at 1,024: kept 1,024 tokens/s" in told
     assert "costs 33.3%" in told
     assert all(not config.train.compile and config.train.activation_checkpointing == "full" for config, *_ in trained)
-    assert measure_limits.main(["--plot", str(out)]) == 0
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG") and capsys.readouterr().out.strip() in told
+    for part in ("speed", "sequence"):
+        (tmp_path / f"{part}.json").write_text(json.dumps({"command": "", part: result[part]}))
+    picture = tmp_path / "limits.png"
+    assert measure_limits.main(["--plot", str(tmp_path / "speed.json"), str(tmp_path / "sequence.json"), "--out", str(picture)]) == 0
+    drawn = capsys.readouterr().out.splitlines()
+    assert picture.read_bytes().startswith(b"\x89PNG") and drawn and set(drawn) < set(told.splitlines())
 
 
 def test_no_step_is_tried_that_takes_too_long(trained, tmp_path):

@@ -63,7 +63,7 @@ def test_geometries_have_the_parameters_of_the_released_weights(name, vocab_size
 
 
 @pytest.mark.parametrize("gpus, settings, host", [
-    (1, [], 91.6), (1, ["model.sequence_length=262144", "attention.window=null", "train.mlp_tile=null"], 24.0),
+    (1, [], 91.6), (1, ["model.sequence_length=262144", "attention.window=null"], 24.0),
     (4, ["parallel.sequence=4", "model.sequence_length=4000000"], 91.6), (4, ["parallel.sequence=4", "model.sequence_length=1048576", "attention.window=null"], 24.0)])
 def test_long_contexts_are_predicted_to_fit(gpus, settings, host):
     """On H200s in hosts of 128 GiB a GPU, as the file's comment says."""
