@@ -277,10 +277,11 @@ def draw_speed(axis, part: str, rows: list[dict]) -> None:
 
 def draw_limit(axis, part: str, rows: list[dict]) -> None:
     bars = axis.bar([row["backend"] for row in rows], [row["largest"] for row in rows])
-    axis.bar_label(bars, [f"{row['largest']:,}{' or more' * row['bounded_by_time']}" for row in rows])
+    axis.bar_label(bars, [f"{row['largest']:,}{' or more' * row['bounded_by_time']}" for row in rows], label_type="center", color="white")
     axis.scatter([row["backend"] for row in rows], [row["predicted"] for row in rows], marker="_", s=2000, color="black", label="predicted")
     axis.set(title={"batch": "largest micro batch at 2,048 tokens", "sequence": "longest sequence"}[part], yscale="log")
-    axis.legend()
+    axis.set_ylim(bottom=min(row["predicted"] for row in rows) / 4)
+    axis.legend(loc="upper left", markerscale=0.4)
 
 
 if __name__ == "__main__":
