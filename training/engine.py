@@ -25,6 +25,7 @@ from model.offload import Offload
 from training.config import Config, OptimizerSection
 from training.distributed import UserFault, load_op, sequence_group, together
 from training.loss_scale import LossScale
+from training.memory import check_host, host_capacity
 from training.muon import Matrix, MuonWithAdamW, find_shards
 from training.pretrained import buffers_kept, load_huggingface, load_weights
 from training.schedule import learning_rate
@@ -102,6 +103,9 @@ def check_machine(config: Config) -> str | None:
                         "install one (apt-get install g++), or use false")
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserFault("train.precision=fp16: DeepSpeed trains in it on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32")
+    if torch.cuda.is_available():
+        world = dist.get_world_size()
+        check_host(config, world, min(world, torch.cuda.device_count()), host_capacity())
     if config.zero.offload_optimizer == "none":
         return None
     built = Path(cpp_extension._get_build_directory(CPUAdamBuilder.NAME, verbose=False), f"{CPUAdamBuilder.NAME}.so")

@@ -6,12 +6,14 @@ GPT as they are written: what ``train.compile`` keeps of them the compiler decid
 """
 
 import contextlib
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
+from pathlib import Path
 
 import torch
 
@@ -60,6 +62,32 @@ def capacity(device_name: str) -> int | None:
     plain = re.sub(r"^(NVIDIA )?(GeForce )?", "", device_name.strip())
     found = next((gib for pattern, gib in _MEMORY if re.fullmatch(pattern, plain)), None)
     return None if found is None else int(found * GIB * (1 - CONTEXT))
+
+
+def host_capacity() -> int:
+    """Bytes of this host's memory, or of what its container may have of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups, version 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # none; "max"
+            found = min(found, int(Path("/sys/fs/cgroup", limit).read_text()))
+    return found
+
+
+def check_host(config: Config, processes: int, here: int, available: int) -> None:
+    """Refuse block inputs that those of the processes who are ``here``, on one host, have no room for: the kernel would end one without a word.
+
+    Raises:
+        UserFault: what is predicted of them all is more than ``available`` bytes.
+    """
+    if not config.train.checkpoint_offload:
+        return
+    needed = here * sum(estimate(config, processes).host.values())
+    if needed > available:
+        raise UserFault(
+            f"train.checkpoint_offload: {here} process{'es' * (here > 1)} of this host would keep {gib(needed)} in its memory, and it has {gib(available)}; "
+            "shorten model.sequence_length, lower train.micro_batch_size, share sequences by more GPUs (parallel.sequence), "
+            "or let fewer blocks wait there (train.activation_checkpointing=every_n)"
+        )
 
 
 @dataclass(frozen=True)

@@ -246,6 +246,15 @@ def test_savings_are_those_of_the_changed_configuration_and_compose():
     assert {"attention.backend": "auto"} in [settings for settings, _ in found]
 
 
+def test_a_host_without_room_for_what_waits_there_is_told_before_it_runs_out():
+    config, inputs = gpt("train.checkpoint_offload=true"), 24 * 8 * 2048 * 2048 * 2
+    memory.check_host(config, 4, 2, 2 * inputs)
+    with pytest.raises(UserFault, match="train.checkpoint_offload: 2 processes of this host would keep 3.00 GiB in its memory, and it has 3.00 GiB; shorten"):
+        memory.check_host(config, 4, 2, 2 * inputs - 1)
+    memory.check_host(gpt(), 4, 2, 0)
+    assert 2**28 < memory.host_capacity() < 2**50
+
+
 def test_the_summary_says_peak_fit_and_what_helps():
     memory_line, fits, less = memory.summary(gpt(), 2, "NVIDIA H200")
     assert memory_line.startswith("memory ") and "optimizer states" in memory_line and "at the peak, which is the loss" in memory_line

@@ -1,0 +1,84 @@
+"""Block inputs on their way to the host's memory and back, in the order of the copies; what they change of losses and gradients, nothing, is in test_gpt.py."""
+
+import torch
+
+import model.offload
+from model.checkpointing import Checkpointing
+from model.offload import Offload
+from tests.model.test_gpt import build
+
+LAYERS = 4
+
+
+class Followed(Offload):
+    """Notes each copy: "out" or "back", and which block's input it is."""
+
+    def __init__(self, events: list):
+        super().__init__()
+        self.events, self.buffers = events, []
+
+    def copy(self, source, target):
+        way, host = ("out", target) if any(target is each for each in self.buffers) else ("back", source)
+        super().copy(source, target)
+        self.events.append((way, next(i for i, each in enumerate(self.buffers) if each is host)))
+
+    def buffer(self, x):
+        found = super().buffer(x)
+        if not any(found is each for each in self.buffers):
+            self.buffers.append(found)
+        return found
+
+
+def test_inputs_come_back_one_block_ahead_and_buffers_serve_again():
+    events: list = []
+    gpt, offload = build(layers=LAYERS), Followed(events)
+    gpt.checkpointing = Checkpointing("full", offload=offload)
+    for i, block in enumerate(gpt.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: events.append(("block", i)))
+    tokens = torch.randint(50, (2, 16))
+    for step in range(2):
+        loss = gpt(tokens, tokens)
+        of = [i for way, i in events if way == "out"]
+        assert events == [event for i in range(LAYERS) for event in (("out", of[i]), ("block", i))] and sorted(of) == list(range(LAYERS))
+        events.clear()
+        loss.backward()
+        # The last one's is there still. Each of the others' sets out before the block after it is computed again, and before anything of that is done.
+        assert events == [("back", of[2]), ("block", 3), ("back", of[1]), ("block", 2), ("back", of[0]), ("block", 1), ("block", 0)]
+        events.clear()
+    assert len(offload.buffers) == LAYERS
+
+
+def test_no_more_than_two_inputs_are_held_in_either_pass():
+    alive, most = [], [0]
+
+    def note(*_):
+        most[0] = max(most[0], sum(waiting.here is not None for waiting in (reference() for reference in alive) if waiting))
+
+    gpt, offload = build(layers=LAYERS), Offload()
+    keep, gpt.checkpointing = offload.keep, Checkpointing("full", offload=offload)
+
+    def keep_and_note(x):
+        waiting = keep(x)
+        alive.append(offload.newest)
+        return waiting
+
+    offload.keep = keep_and_note
+    for block in gpt.blocks:
+        block.register_forward_pre_hook(note)
+    gpt(torch.randint(50, (2, 16)), torch.randint(50, (2, 16))).backward()
+    assert most[0] == 1, "beside the one that the block works on"
+    assert all(reference() is None for reference in alive)
+
+
+def test_a_pass_without_a_backward_one_leaves_nothing_on_its_way(monkeypatch):
+    gpt, offload, made = build(layers=LAYERS), Offload(), []
+    monkeypatch.setattr(model.offload, "pinned_like", lambda x: made.append(torch.empty_like(x)) or made[-1])
+    gpt.checkpointing = Checkpointing("full", offload=offload)
+    tokens = torch.randint(50, (2, 16))
+    gpt(tokens, tokens)
+    assert offload.newest() is None
+    gpt(tokens, tokens).backward()
+    assert sum(map(len, offload.unused.values())) == LAYERS and len(made) == 2 * LAYERS
+    with torch.no_grad():
+        gpt(tokens, tokens)
+    assert len(made) == 2 * LAYERS
