@@ -104,7 +104,7 @@ def check_machine(config: Config) -> str | None:
     if config.train.precision == "fp16" and not get_accelerator().is_fp16_supported():
         raise UserFault("train.precision=fp16: DeepSpeed trains in it on GPUs, and on CPUs with AVX512-FP16, which this one has not; use bf16 or fp32")
     if torch.cuda.is_available():
-        world = dist.get_world_size()
+        world = dist.get_world_size() if dist.is_initialized() else 1
         check_host(config, world, min(world, torch.cuda.device_count()), host_capacity())
     if config.zero.offload_optimizer == "none":
         return None
