@@ -82,8 +82,8 @@ class GPT(nn.Module):
 
         Args:
             tokens: int64 [batch, sequence], sequence <= config.sequence_length.
-            labels: int64 [batch, sequence], the token that follows each position; ``IGNORED_LABEL`` where none counts. Of processes that share
-                a sequence each has all tokens, and the labels of its own part of the positions, [batch, sequence / processes].
+            labels: int64 [batch, sequence], the token that follows each position; ``IGNORED_LABEL`` where none counts. Of processes that
+                share a sequence each has all tokens, and the labels of its own part of the positions, [batch, sequence / processes].
 
         Returns:
             logits [batch, sequence, vocab_size] in the parameters' dtype; or a float32 scalar, the *sum* of the
@@ -224,8 +224,8 @@ def make_norm(config: GPTConfig) -> nn.Module:
 def rotary_table(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
     """Cosines and sines of RoPE's angles (Su et al. 2021, equation 34) at int64 [sequence]: float32 [2, sequence, 1, head_dim / 2].
 
-    Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences. Frequencies are float32, as
-    those that published weights were trained with, angles float64: at position 1,000,000 those of float32 are up to 0.06 off.
+    Computed anew each forward, not a buffer: a bf16 engine would round a buffer's angles, which breaks long sequences. Frequencies are
+    float32, as those that published weights were trained with, angles float64: at position 1,000,000 those of float32 are up to 0.06 off.
     """
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = torch.outer(positions.double(), frequency.double())
@@ -285,15 +285,18 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
 
 
 def count_recomputed(config: GPTConfig, checkpointing: Checkpointing, *, compiled: bool = False, tiled: bool = False) -> dict[str, int]:
-    """What checkpointing, and a feed-forward network in tiles, compute again: ``parameters`` that multiply every token once more, and ``layers`` of attention."""
+    """What is computed again: ``parameters`` that multiply every token once more, and ``layers`` of attention.
+
+    tiled: whether feed-forward networks are computed in tiles, which compute them again too.
+    """
     with torch.device("meta"):
         blocks = GPT(config).blocks
     recomputed = [block for index, block in enumerate(blocks) if checkpointing.includes(index)]
     modules = [module for block in recomputed for module in block.modules()]
     parameters = _count(recomputed)
     selective = checkpointing.mode == "selective"
-    # PyTorch's recomputation stops at the last tensor that the backward reads, unless its dropout follows: the last product's input, or what
-    # is cut into tiles; the compiler leaves out what is not read. DeepSpeed's computes the whole block.
+    # PyTorch's recomputation stops at the last tensor that the backward reads, unless its dropout follows: the last product's input, or
+    # what is cut into tiles; the compiler leaves out what is not read. DeepSpeed's computes the whole block.
     stops = (config.dropout == 0 or compiled) and checkpointing.mode != "deepspeed"
     if tiled:
         parameters += _count(part for block in blocks for part in (block.ffn_norm, block.ffn))

@@ -1,7 +1,7 @@
 """Block inputs that wait for the backward pass in the host's memory: pinned, copied beside the computation.
 
-What a checkpointed block keeps is its input alone; a long sequence through many blocks still fills a GPU with those. Here each goes out while its
-block is computed, and comes back while the block after it, the one before it in the backward pass, is computed again.
+What a checkpointed block keeps is its input alone; a long sequence through many blocks still fills a GPU with those. Here each goes out while
+its block is computed, and comes back while the block after it, the one before it in the backward pass, is computed again.
 """
 
 import weakref
@@ -92,8 +92,8 @@ def pinned_like(x: torch.Tensor) -> torch.Tensor:
         code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, PORTABLE))
         if code != 0:
             raise RuntimeError(
-                f"train.checkpoint_offload: {host.nbytes:,} bytes of the host's memory could not be pinned (CUDA error {code}); give the run more, "
-                "raise what may be locked (ulimit -l), shorten model.sequence_length, or use train.checkpoint_offload=false"
+                f"train.checkpoint_offload: {host.nbytes:,} bytes of the host's memory could not be pinned (CUDA error {code}); "
+                "give the run more, raise what may be locked (ulimit -l), shorten model.sequence_length, or use train.checkpoint_offload=false"
             )
         weakref.finalize(host, torch.cuda.cudart().cudaHostUnregister, host.data_ptr())
     return host

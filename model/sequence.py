@@ -1,10 +1,10 @@
 """Sequence parallelism by exchange of heads: DeepSpeed Ulysses (Jacobs et al. 2023, arXiv 2309.14509).
 
-n processes share a sequence, each with one n-th of its tokens. Attention alone needs all tokens: before it every process gives away its part of
-most heads and gets the other parts of its own, one n-th of them; after it the other way round.
+n processes share a sequence, each with one n-th of its tokens. Attention alone needs all tokens: before it every process gives away its part
+of most heads and gets the other parts of its own, one n-th of them; after it the other way round.
 
-DeepSpeed's ``DistributedAttention`` takes as many key heads as processes, or more, and ``UlyssesSPAttentionHF`` the models of transformers: these lines
-take any number, and what they make is a packed projection, which attention reads in place.
+DeepSpeed's ``DistributedAttention`` takes as many key heads as processes, or more, and ``UlyssesSPAttentionHF`` the models of transformers:
+these lines take any number, and what they make is a packed projection, which attention reads in place.
 """
 
 import math
@@ -31,8 +31,8 @@ class SequenceGroup:
 
         q: [batch, tokens, heads, head_dim]; k, v: [batch, tokens, kv_heads, head_dim].
 
-        Returns the projection that ``attention_packed`` takes, [batch, size * tokens, its heads and twice its key heads, head_dim], and the number
-        of each. Of fewer key heads than processes, or of a number that does not divide, copies are sent: as many as make a multiple.
+        Returns the projection that ``attention_packed`` takes, [batch, size * tokens, its heads and twice its key heads, head_dim], and the
+        number of each. Of fewer key heads than processes, or of a number that does not divide, copies are sent: as many as make a multiple.
         """
         copies = math.lcm(k.shape[2], self.size) // k.shape[2]
         k, v = (x.repeat_interleave(copies, dim=2) if copies > 1 else x for x in (k, v))

@@ -1,4 +1,4 @@
-"""A function of tokens, each by itself, computed for some of them at a time, so that what it holds meanwhile never exists for a whole sequence.
+"""A function of tokens, each by itself, computed for some at a time, so that what it holds meanwhile never exists for a whole sequence.
 
 Tiled MLP of Arctic Long Sequence Training (Bekman et al. 2025, arXiv 2506.13996, section 3.1.1).
 """
@@ -18,7 +18,7 @@ def in_tiles(function: Callable, parameters: Sequence[torch.Tensor], x: torch.Te
         function: of [tokens, hidden], and so is what it returns; it must not draw random numbers, and reads ``parameters`` where they are.
         x: [..., hidden].
     """
-    # PyTorch's recomputation of a block ends where the last tensor is kept: here, before the tiles, which are not computed for nothing then.
+    # PyTorch's recomputation of a block ends where the last tensor is kept: here, so that no tile is computed for nothing then.
     kept = _Keep.apply(x.new_empty(0, requires_grad=True), x)
     return _InTiles.apply(x, kept.grad_fn, function, length, *parameters)
 

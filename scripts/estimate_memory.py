@@ -42,7 +42,8 @@ FULL = "train.activation_checkpointing=full"
 SELECTIVE = "train.activation_checkpointing=selective"
 OFFLOAD = "zero.offload_optimizer=cpu"
 COMPILED = "train.compile=true"  # else a row's blocks are as written, which is what is predicted
-LONG = ("model.positions=rope", "model.sequence_length=131072", "train.checkpoint_offload=true", "attention.window=4096", "train.mlp_tile=16384")
+AWAY = "train.checkpoint_offload=true"
+LONG = ("model.positions=rope", "model.sequence_length=131072", AWAY, "attention.window=4096", "train.mlp_tile=16384")
 # processes -> (configuration, settings); micro batch by its first number. The most telling come first.
 ROWS = {
     1: (
@@ -69,7 +70,8 @@ ROWS = {
         ("gpt2-355m", 8, "train.bf16_states=true", "zero.reduce_dtype=bf16"), ("gpt2-355m", 8, FULL, "train.precision=fp32"),
         ("gpt2-124m", 8, "optimizer.name=muon"), ("gpt-1.3b", 16, FULL, "zero.reduce_bucket_size=10000000"),
         ("gpt2-355m", 8, OFFLOAD, "zero.offload_parameters=cpu"), ("gpt-1.3b", 4, NO_CHECKPOINTING, COMPILED),
-        ("gpt-1.3b", 1, FULL, *LONG, "parallel.sequence=2"), ("llama-1b", 1, FULL, "model.sequence_length=65536", "parallel.sequence=2", "train.checkpoint_offload=true"),
+        ("gpt-1.3b", 1, FULL, *LONG, "parallel.sequence=2"),
+        ("llama-1b", 1, FULL, "model.sequence_length=65536", "parallel.sequence=2", AWAY),
         ("gpt-1.3b", 4, FULL, "zero.reuse_distance=0", "zero.prefetch_bucket_size=50000000", "zero.persistence_threshold=0"),
     ),
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What memory buys: standard attention (`eager`) against ours on one GPU, at equal checkpointing and loss; and what offloaded checkpoints cost.
+"""What memory buys: standard attention (`eager`) against ours on one GPU, at equal checkpointing and loss; what offloaded checkpoints cost.
 
     python scripts/measure_limits.py --parts speed batch --out docs/results/limits-h200-speed.json
     python scripts/measure_limits.py --plot docs/results/limits-h200-*.json --out docs/results/limits-h200.png
@@ -8,10 +8,11 @@ batch     the largest micro batch of sequences of 2048 that trains, gpt2-124m
 sequence  the longest sequence that trains, gpt2-124m
 offload   tokens/s with and without train.checkpoint_offload from 32,768 tokens on, gpt-1.3b
 
-Every attempt is training by train.py's engine on random tokens, blocks as written (train.compile: false), RoPE, full checkpointing. The limits
-are searched in steps of 5% from where the prediction (training/memory.py) puts them, which stands beside them. A step that would take longer
-than --longest by the model's FLOPs is not tried: then what is found is what fits into that time, and is called so. All parts, the default, take
-some 15 minutes of an H200, each of them less than 6. The JSON is written after every row; the second form tells and draws that of several parts.
+Every attempt is training by train.py's engine on random tokens, blocks as written (train.compile: false), RoPE, full checkpointing. The
+limits are searched in steps of 5% from where the prediction (training/memory.py) puts them, which stands beside them. A step that would take
+longer than --longest by the model's FLOPs is not tried: then what is found is what fits into that time, and is called so. All parts, the
+default, take some 15 minutes of an H200, each of them less than 6. The JSON is written after every row; the second form tells and draws that
+of several parts.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/limits.json", help="a JSON; with --plot a picture, such as .png")
     parser.add_argument("--plot", type=Path, nargs="+", metavar="JSON", help="print what was measured, and draw it to --out")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072], help="of speed")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(9, 18)], help="of speed; default: 512 to 131072")
     parser.add_argument("--tokens", type=int, default=32768, help="in a step of speed, unless the sequence is longer")
     parser.add_argument("--offload-lengths", type=int, nargs="+", default=[32768, 65536, 131072])
     parser.add_argument("--steps", type=int, default=4, help="of speed and offload; the first is not counted")
@@ -104,16 +105,18 @@ def offload(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
 
 def batch(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
     for backend in BACKENDS:
-        config = configure("gpt2-124m", 2048, 1, f"attention.backend={backend}", *options.override)
+        settings = (f"attention.backend={backend}", *options.override)
+        config = configure("gpt2-124m", 2048, 1, *settings)
         predicted = largest_micro_batch(config, 1, total_memory(config))
-        note(limit(lambda n, b=backend: configure("gpt2-124m", 2048, n, f"attention.backend={b}", *options.override), predicted, 1, None, options))
+        note(limit(lambda n, s=settings: configure("gpt2-124m", 2048, n, *s), predicted, 1, None, options))
 
 
 def sequence(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
     for backend in BACKENDS:
-        config = configure("gpt2-124m", 2048, 1, f"attention.backend={backend}", *options.override)
+        settings = (f"attention.backend={backend}", *options.override)
+        config = configure("gpt2-124m", 2048, 1, *settings)
         predicted = largest_sequence(config, 1, total_memory(config))
-        note(limit(lambda n, b=backend: configure("gpt2-124m", n, 1, f"attention.backend={b}", *options.override), predicted, 1024, 2048, options))
+        note(limit(lambda n, s=settings: configure("gpt2-124m", n, 1, *s), predicted, 1024, 2048, options))
 
 
 def configure(name: str, length: int, micro: int, *settings: str) -> Config:
@@ -173,11 +176,12 @@ def limit(of: Callable[[int], Config], predicted: int, unit: int, first: int | N
 
     found, by_time = search(fits, min(predicted, in_time), unit, in_time)
     largest = next((row for row in tries if row["fits"] and found in (row["micro_batch"], row["sequence_length"])), {})
-    return {"backend": of(unit).attention.backend, "predicted": predicted, "largest": found, "bounded_by_time": by_time, "at_largest": largest, "tries": tries}
+    row = {"backend": of(unit).attention.backend, "predicted": predicted, "largest": found, "bounded_by_time": by_time}
+    return row | {"at_largest": largest, "tries": tries}
 
 
 def search(fits: Callable[[int], bool], start: int, unit: int, most: int) -> tuple[int, bool]:
-    """(the largest multiple of ``unit`` up to ``most`` that fits, to within STRIDE of a limit near ``start``; whether ``most`` is what ended it)."""
+    """(the largest multiple of ``unit`` up to ``most`` that fits, within STRIDE of a limit near ``start``; whether ``most`` is what ended it)."""
     rounded = max(unit, start // unit * unit)
 
     def next_to(n: int, up: bool) -> int:
@@ -248,7 +252,8 @@ def told(row: dict) -> str:
 
 
 def by_length(rows: list[dict]) -> dict[int, list[dict]]:
-    return {length: [row for row in rows if row["sequence_length"] == length] for length in dict.fromkeys(row["sequence_length"] for row in rows)}
+    lengths = dict.fromkeys(row["sequence_length"] for row in rows)
+    return {length: [row for row in rows if row["sequence_length"] == length] for length in lengths}
 
 
 def draw(result: dict):

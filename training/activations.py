@@ -1,8 +1,10 @@
 """Bytes that a GPT's forward pass keeps for the backward pass, and what the backward pass holds beside them; derived in docs/memory.md.
 
-T tokens of a micro batch on one GPU (batch B of S each, of which it has a part where processes share sequences), hidden width h, query width
-Q = heads * head_dim, key width K = kv_heads * head_dim, feed-forward width f, e bytes an element. Tests count the bytes of the real model's saved tensors against ``block_keeps``, and follow a
-whole training step with every allocation against ``training.memory``.
+T tokens of a micro batch on one GPU (batch B of S each, of which it has a part where processes share sequences), hidden width h, query
+width Q = heads * head_dim, key width K = kv_heads * head_dim, feed-forward width f, e bytes an element.
+
+Tests count the bytes of the real model's saved tensors against ``block_keeps``, and follow a whole training step with every allocation
+against ``training.memory``.
 """
 
 from dataclasses import dataclass
@@ -137,7 +139,7 @@ def block_backward(shape: Shape) -> int:
 
 
 def _tile_backward(shape: Shape) -> int:
-    """Bytes while one tile of a feed-forward network is computed again, and back; and the sums of its weights' gradients, with one tile's."""
+    """Bytes while one tile of a feed-forward network is computed again, and back; with the sums of its weights' gradients, and one tile's."""
     swiglu = shape.model.activation == "swiglu"
     inner = (6 if swiglu else 3) * shape.f + 3 * shape.stream  # what is kept of it, and gradients
     weights = (3 if swiglu else 2) * shape.model.hidden_size * shape.model.ffn_size
@@ -157,7 +159,7 @@ def _kernel_backward(shape: Shape) -> int:
 
 
 def _after_kernel(shape: Shape) -> int:
-    """Bytes between the gradients of queries, keys and values and that of their projection: copied into one tensor, exchanged, turned back."""
+    """Bytes from the gradients of queries, keys and values to that of their projection: copied into one tensor, exchanged, turned back."""
     gradients = shape.q + 2 * shape.k_sent
     rope = shape.model.positions == "rope"
     one_tensor = shape.attention.backend == "triton" and (shape.sharing > 1 or not rope)

@@ -36,7 +36,7 @@ class TrainingBatches:
         return windows.pin_memory() if self.device.type == "cuda" else windows
 
     def step(self, step: int) -> list[Batch]:
-        """(tokens, labels) of each micro batch of an optimizer step, int64 [micro_batch, sequence] on the device, labels [.., sequence / sharing]."""
+        """(tokens, labels) of each micro batch of an optimizer step, int64 [micro_batch, sequence] on the device (labels: of a part)."""
         if self.ahead is None or self.ahead[0] != step:
             self.ahead = (step, self.reader.submit(self._read, step))
         windows = self.ahead[1].result().to(self.device, non_blocking=True)
@@ -56,7 +56,8 @@ def validation_batches(split: TokenSplit, *, sequence_length: int, batch_size: i
         sharing: as in ``TrainingBatches``.
 
     Yields:
-        (tokens, labels), int64 [batch_size, sequence], labels [.., sequence / sharing]; missing windows and the end of a short one have ignored labels.
+        (tokens, labels), int64 [batch_size, sequence], labels of sequence / sharing; missing windows and the end of a short one have
+        ignored labels.
     """
     windows = split.windows_covering_all(sequence_length)
     chosen = np.arange(windows) if sequences is None or sequences >= windows else np.arange(sequences) * windows // sequences

@@ -278,7 +278,10 @@ def _describe(error: dict, tree: _Tree) -> str:
 
 
 def _resolve_batch(train: TrainSection, world_size: int, sharing: int) -> tuple[TrainSection, str | None]:
-    """Fill in the one of micro, accumulation and global batch size that is null; refuse what does not multiply out. sharing: parallel.sequence."""
+    """Fill in the one of micro, accumulation and global batch size that is null; refuse what does not multiply out.
+
+    sharing: parallel.sequence.
+    """
     micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
     processes = f"{world_size} processes" + f" / {sharing} that share a sequence" * (sharing > 1)
     world_size //= sharing
@@ -374,8 +377,9 @@ def _resolve(
     if any(key == "parallel.sequence" for _, key, _ in faults):
         pass  # told; of the batch nothing is known then
     elif world_size % sharing:
+        what = f"{sharing} processes share a sequence, and {world_size} cannot be divided into such groups"
         remedy = f"use a divisor of {world_size}, 1 for no sharing, or start a multiple of {sharing} processes"
-        faults.append(({"parallel"}, "parallel.sequence", f"{sharing} processes share a sequence, and {world_size} cannot be divided into such groups; {remedy}"))
+        faults.append(({"parallel"}, "parallel.sequence", f"{what}; {remedy}"))
     else:
         train, batch_fault = _resolve_batch(train, world_size, sharing)
         if batch_fault:

@@ -128,7 +128,7 @@ def _unlink_shared_buffer() -> None:
 
 @cache
 def sequence_group(size: int):
-    """This process's ``model.sequence.SequenceGroup``: of every ``size`` ranks in a row, neighbours on a host; None where a process has all of its own.
+    """This process's ``model.sequence.SequenceGroup``: of every ``size`` ranks in a row, neighbours on a host; None of one rank.
 
     Every rank calls it, in the same order of sizes.
     """

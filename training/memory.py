@@ -74,7 +74,7 @@ def host_capacity() -> int:
 
 
 def check_host(config: Config, processes: int, here: int, available: int) -> None:
-    """Refuse block inputs that those of the processes who are ``here``, on one host, have no room for: the kernel would end one without a word.
+    """Refuse block inputs that the ``here`` of the processes on one host have no room for: the kernel would end one without a word.
 
     Raises:
         UserFault: what is predicted of them all is more than ``available`` bytes.
@@ -84,8 +84,8 @@ def check_host(config: Config, processes: int, here: int, available: int) -> Non
     needed = here * sum(estimate(config, processes).host.values())
     if needed > available:
         raise UserFault(
-            f"train.checkpoint_offload: {here} process{'es' * (here > 1)} of this host would keep {gib(needed)} in its memory, and it has {gib(available)}; "
-            "shorten model.sequence_length, lower train.micro_batch_size, share sequences by more GPUs (parallel.sequence), "
+            f"train.checkpoint_offload: {here} process{'es' * (here > 1)} of this host would keep {gib(needed)} in its memory, "
+            f"and it has {gib(available)}; shorten model.sequence_length, lower train.micro_batch_size, share sequences by more GPUs (parallel.sequence), "
             "or let fewer blocks wait there (train.activation_checkpointing=every_n)"
         )
 
@@ -360,7 +360,7 @@ def _checkpointing(config: Config) -> Checkpointing:
 
 
 def _activations(config: Config, shape: Shape) -> tuple[list[int], list[int], list[int]]:
-    """Bytes of each block: kept from the forward pass; there in addition once it is computed again; of the input before, which is coming back."""
+    """Bytes of each block: kept from the forward pass; in addition once it is computed again; of the input before, on its way back."""
     checkpointing, all_of_it = _checkpointing(config), sum(block_keeps(shape).values())
     some = sum(checkpoint_keeps(shape, checkpointing).values())
     moved = _moves_inputs(config)
@@ -549,14 +549,15 @@ def _changes(config: Config, processes: int) -> list[dict[str, object]]:
     """Settings that can lower the peak and leave the loss as it is, but for the last, which costs some (docs/modes.md)."""
     micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
     found: list[dict[str, object]] = [{"train.activation_checkpointing": mode} for mode in ("selective", "full", "deepspeed")]
-    found.append({"train.activation_checkpointing": "full", "train.checkpoint_offload": True, "train.checkpoint_every": None})
-    # What auto says of these two.
-    as_written = {"train.compile": False} if config.train.compile else {}
+    full = {} if config.train.activation_checkpointing in ("full", "every_n") else {"train.activation_checkpointing": "full"}
+    found.append(full | {"train.checkpoint_offload": True})
+    as_written = {"train.compile": False} if config.train.compile else {}  # which auto comes to with these two
     found.append({"train.mlp_tile": MLP_TILE} | as_written)
     if micro == 1:
-        shares = [n for n in range(2, processes + 1) if processes % n == 0]
         sharing = config.parallel.sequence
-        found += [{"parallel.sequence": n, "train.gradient_accumulation_steps": accumulation * n // sharing} | as_written for n in shares if n > sharing and n % sharing == 0]
+        for n in range(2 * sharing, processes + 1, sharing):
+            if processes % n == 0:
+                found.append({"parallel.sequence": n, "train.gradient_accumulation_steps": accumulation * n // sharing} | as_written)
     if config.attention.backend == STANDARD:
         found.append({"attention.backend": "auto"})
     if micro % 2 == 0:
@@ -600,8 +601,8 @@ def largest_micro_batch(config: Config, processes: int, available: int) -> int:
 
 def largest_sequence(config: Config, processes: int, available: int) -> int:
     """In tokens, at a micro batch of 1; a multiple of 128 for each process that shares it."""
-    one = changed(config, {"train.micro_batch_size": 1})
-    return largest(lambda n: estimate(changed(one, {"model.sequence_length": n}), processes).peak.bytes <= available, step=128 * config.parallel.sequence)
+    one, step = changed(config, {"train.micro_batch_size": 1}), 128 * config.parallel.sequence
+    return largest(lambda n: estimate(changed(one, {"model.sequence_length": n}), processes).peak.bytes <= available, step=step)
 
 
 # --- In words ---------------------------------------------------------------------------------------------------------

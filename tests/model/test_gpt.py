@@ -135,7 +135,8 @@ def test_attention_hands_on_that_its_gradients_must_be_the_same_bits(positions):
 
 
 MODES = {
-    "full": Checkpointing("full"), "offloaded": Checkpointing("full", offload=Offload()), "every_n": Checkpointing("every_n", every=2), "selective": Checkpointing("selective", backend="sdpa"),
+    "full": Checkpointing("full"), "offloaded": Checkpointing("full", offload=Offload()),
+    "every_n": Checkpointing("every_n", every=2), "selective": Checkpointing("selective", backend="sdpa"),
     "matmuls": Checkpointing("selective", backend="sdpa", keep_matmuls=True),
     # DeepSpeed's own, likewise reentrant, needs processes: tests/training/test_zero.py
     "deepspeed": Checkpointing("deepspeed", function=lambda block, x: checkpoint(block, x, use_reentrant=True)),
@@ -167,7 +168,7 @@ TILED = [mode for mode in ("none", *MODES) if mode != "matmuls"]  # which is ref
 @pytest.mark.parametrize("mode", TILED)
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_tiles_change_neither_loss_nor_gradients(dialect, mode):
-    """Nor does a function of tokens that autograd sees once for each parameter; the last tile is shorter, and 32 tokens are no tiles of 32."""
+    """And hooks see one gradient of each parameter; the last tile is shorter, and 32 tokens are no tiles of 32."""
     tokens, labels = torch.randint(50, (2, 16)), torch.randint(50, (2, 16))
     seen, found = [], []
     for tile in (None, 5, 32):

@@ -1,4 +1,4 @@
-"""Block inputs on their way to the host's memory and back, in the order of the copies; what they change of losses and gradients, nothing, is in test_gpt.py."""
+"""Block inputs on their way to the host's memory and back, in the order of the copies; that gradients stay the same is in test_gpt.py."""
 
 import torch
 
@@ -42,7 +42,7 @@ def test_inputs_come_back_one_block_ahead_and_buffers_serve_again():
         assert events == [event for i in range(LAYERS) for event in (("out", of[i]), ("block", i))] and sorted(of) == list(range(LAYERS))
         events.clear()
         loss.backward()
-        # The last one's is there still. Each of the others' sets out before the block after it is computed again, and before anything of that is done.
+        # The last one's is there still. Each of the others' sets out before the block after it is computed again.
         assert events == [("back", of[2]), ("block", 3), ("back", of[1]), ("block", 2), ("back", of[0]), ("block", 1), ("block", 0)]
         events.clear()
     assert len(offload.buffers) == LAYERS

@@ -246,6 +246,16 @@ def test_savings_are_those_of_the_changed_configuration_and_compose():
     assert {"attention.backend": "auto"} in [settings for settings, _ in found]
 
 
+def test_what_long_contexts_take_is_proposed_where_it_helps():
+    long = ["model.positions=rope", "model.sequence_length=131072", "train.micro_batch_size=1", "train.global_batch_size=4", "zero.reuse_distance=0"]
+    found = dict((next(iter(settings)), settings) for settings, _ in memory.savings(gpt(*long), 2))
+    assert found["train.checkpoint_offload"] == {"train.checkpoint_offload": True}
+    assert found["train.mlp_tile"] == {"train.mlp_tile": memory.MLP_TILE, "train.compile": False}
+    assert found["parallel.sequence"]["train.gradient_accumulation_steps"] == 2 * gpt(*long).train.gradient_accumulation_steps
+    for settings in found.values():
+        assert gpt(*long, *memory.told(settings).split()).train.global_batch_size == 4
+
+
 def test_a_host_without_room_for_what_waits_there_is_told_before_it_runs_out():
     config, inputs = gpt("train.checkpoint_offload=true"), 24 * 8 * 2048 * 2048 * 2
     memory.check_host(config, 4, 2, 2 * inputs)
