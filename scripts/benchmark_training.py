@@ -433,11 +433,12 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
 
 def random_batches(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """This rank's micro batches, (tokens, labels) as ``training.batches`` gives them; the same tokens in every step, of any size."""
-    train, model = config.train, config.model
+    train, model, sharing = config.train, config.model, config.parallel.sequence
+    reader, part = divmod(dist.get_rank(), sharing)
     shape = (train.micro_batch_size * train.gradient_accumulation_steps, model.sequence_length + 1)
-    windows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(config.run.seed + dist.get_rank()))
+    windows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(config.run.seed + reader))
     windows = windows.to("cuda" if torch.cuda.is_available() else "cpu")
-    return [(micro[:, :-1], micro[:, 1:]) for micro in windows.split(train.micro_batch_size)]
+    return [(micro[:, :-1], micro[:, 1:].chunk(sharing, 1)[part]) for micro in windows.split(train.micro_batch_size)]
 
 
 def mark() -> torch.cuda.Event | float:
