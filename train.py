@@ -183,7 +183,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     def tell(*, wait: bool) -> None:
         while untold and (wait or untold[0][1].is_here()):
             row, result = untold.pop(0)
-            row |= {"loss": result.loss, "grad_norm": result.grad_norm}
+            row |= {"loss": float(result.loss), "grad_norm": float(result.grad_norm)}
             if first:
                 recorder.record(row)
                 progress.update(row)
@@ -201,7 +201,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             row["skipped_steps"] = state.skipped_steps
             if state.loss_scale:
                 row["overflow_steps"] = state.overflow_steps
-            last, stops = step == config.train.steps, result.stopping > 0
+            last, stops = step == config.train.steps, float(result.stopping) > 0
             saves = config.checkpoint.every is not None and (last or config.checkpoint.every and step % config.checkpoint.every == 0)
             if last or config.eval.every and step % config.eval.every == 0:
                 validation = validate()
@@ -210,7 +210,7 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
             tell(wait=last or saves or stops or not result.applied or "val_loss" in row)
             if first and not result.applied:
                 falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
-                progress.note(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped on every rank ({state.skipped_steps} so far){falls}")
+                progress.note(f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}: skipped on every rank ({state.skipped_steps} so far){falls}")
             if state.skipped_in_a_row >= config.train.stop_after_skipped:
                 raise UserFault(diverged(state, config, run_dir))
             saved = save_checkpoint() if saves else None

@@ -269,7 +269,7 @@ def train(config: Config, *, steps: int = STEPS, first: int | None = None) -> di
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
     if not result.applied:
-        raise RuntimeError(f"the last step was skipped: loss {result.loss}, gradient norm {result.grad_norm}")  # then states may be missing
+        raise RuntimeError(f"the last step was skipped: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}")  # then states may be missing
     if not on_gpu:
         return {"step_seconds": seconds}
     return {

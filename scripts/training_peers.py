@@ -68,7 +68,7 @@ def ours(config: Config) -> Trainer:
 
     def step(micro_batches: list[Batch], number: int) -> Callable[[], float]:
         result = train_step(engine, micro_batches, number, config)
-        return lambda: result.loss
+        return lambda: float(result.loss)
 
     return Trainer(step, *zero3_gathers(engine), f"train.py's engine and step, attention.backend={config.attention.backend}"
                    + ", blocks compiled" * config.train.compile, partial(let_go, engine))

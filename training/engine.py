@@ -252,44 +252,24 @@ class Late:
         return float(self.here)
 
 
-class _Read:
-    """A dataclass's field of floats that holds a float or a ``Late`` one, and reads it when it is asked for."""
-
-    def __init__(self, *default: float):
-        self.default = default
-
-    def __set_name__(self, owner: type, name: str):
-        self.name = name
-
-    def __get__(self, instance: object, owner: type) -> float:
-        if instance is None and not self.default:
-            raise AttributeError(self.name)  # which means that there is none
-        if instance is None:
-            return self.default[0]
-        return float(vars(instance)[self.name])
-
-    def __set__(self, instance: object, value: float | Late):
-        vars(instance)[self.name] = value
-
-
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: mean loss in nats per target token of the global batch, gradient norm before clipping, learning rate.
 
-    To read the norm right after the step waits for the GPU to end it, which all else here does not.
+    To read the norm, by ``float()``, right after the step waits for the GPU to end it, which all else here does not.
 
     ``applied`` is false where the loss or a gradient was not finite on some rank: then no rank has changed a parameter or a state.
     ``loss_scale`` is what it was taken with, in fp16; ``overflow`` is true where gradients alone were not finite and the scale fell.
     ``stopping``: on how many ranks the step was told so.
     """
 
-    loss: float = _Read()
-    grad_norm: float = _Read()
+    loss: float | Late
+    grad_norm: float | Late
     lr: float
     applied: bool
     loss_scale: float | None = None
     overflow: bool = False
-    stopping: float = _Read(0.0)
+    stopping: float | Late = 0.0
 
     def is_here(self) -> bool:
         """Whether nothing of it has to be waited for."""
@@ -335,8 +315,8 @@ def train_step(
     result = StepResult(loss=mean, grad_norm=norm, lr=lr, applied=applied, stopping=stops)
     if loss_scale is None:
         return result
-    before, falls = loss_scale.scale, not applied and math.isfinite(result.loss) and loss_scale.can_fall()
-    loss_scale.update(result.loss, applied, config.train.loss_scale_window)
+    before, falls = loss_scale.scale, not applied and math.isfinite(mean) and loss_scale.can_fall()
+    loss_scale.update(float(mean), applied, config.train.loss_scale_window)
     return replace(result, loss_scale=before, overflow=falls)
 
 

@@ -88,7 +88,7 @@ def train(config: Config, ignored: bool = False, expected: dict[str, torch.Tenso
     results = []
     for step in range(STEPS):
         results.append(train_step(engine, micro_batches(config, step, ignored), step, config, scale))
-    found = {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+    found = {"losses": [float(r.loss) for r in results], "grad_norms": [float(r.grad_norm) for r in results]}
     if expected is not None:
         found["furthest"] = furthest(engine, expected)
     let_go(engine)
@@ -280,7 +280,7 @@ def loss_scale_search() -> dict:
         results.append(train_step(engine, micro_batches(config, 0), 0, config, state.loss_scale))
         state.count(results[-1])
     engine.destroy()
-    return {"steps": [(r.loss, r.loss_scale, r.applied, r.overflow) for r in results], "state": dataclasses.asdict(state)}
+    return {"steps": [(float(r.loss), r.loss_scale, r.applied, r.overflow) for r in results], "state": dataclasses.asdict(state)}
 
 
 def initial_weights() -> dict:
@@ -368,7 +368,7 @@ def bf16_gradient_error(stage: int, *overrides: str) -> float:
         tokens, labels = (x[:1] for x in global_batch(configure(), 0))
         result = train_step(engine, [(tokens, labels)] * accumulation, 0, config)
         engine.destroy()
-        return result.grad_norm
+        return float(result.grad_norm)
 
     once, many = grad_norm(1), grad_norm(64)
     return abs(many / once - 1)
