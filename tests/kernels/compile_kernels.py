@@ -27,7 +27,7 @@ from kernels.attention.triton_forward import forward_kernel, widths
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TENSORS = ("q", "k", "v", "out", "dout", "dq", "dk", "dv", "sinks")
-POINTERS = {"lse": "fp32", "lse_log2": "fp32", "delta": "fp32", "dlse": "fp32", "alibi_slopes": "fp32"}
+POINTERS = {"lse": "fp32", "lse_log2": "fp32", "padded_lse": "fp32", "delta": "fp32", "dlse": "fp32", "alibi_slopes": "fp32"}
 POINTERS |= {"doc_start": "i32", "doc_end": "i32", "dropout_seed": "i64"}
 FLOATS = ("scale", "scale_log2", "softcap_log2", "log2_e")
 FEATURES = {

@@ -11,8 +11,11 @@ from training.config import load_config
 ROOT = Path(__file__).parents[2]
 
 
-def reproduce(folder: Path, part: str, *, has_venv: bool = False, gpus: int = 1) -> list[str]:
-    """The commands that a part runs, each after the folder of its program; the programs do nothing but tell."""
+def reproduce(folder: Path, part: str, *, has_venv: bool = False, gpus: int = 1, together: int = 1) -> list[str]:
+    """The commands that a part runs, each after the folder of its program; the programs do nothing but tell, and a training run ends once
+    `together` GPUs have had one."""
+    (folder / "trained").mkdir()
+    train = f'touch "{folder}/trained/$3"; while [ $(ls "{folder}/trained" | wc -l) -lt {together} ]; do sleep 0.05; done; '
     for name in ("scripts", "launch"):
         (folder / name).mkdir()
     shutil.copy(ROOT / "scripts/reproduce_curves.sh", folder / "scripts")
@@ -21,7 +24,8 @@ def reproduce(folder: Path, part: str, *, has_venv: bool = False, gpus: int = 1)
         (folder / place).mkdir(parents=True)
         for name in ("python", "python3", "deepspeed"):
             program = folder / place / name
-            program.write_text(f'#!/bin/sh\ncase $1 in -c) echo {gpus} ;; *) echo "{place} $*" ;; esac\n')
+            wait = train if name == "deepspeed" else ""
+            program.write_text(f'#!/bin/sh\ncase $1 in -c) echo {gpus} ;; *) {wait}echo "{place} $*" ;; esac\n')
             program.chmod(0o755)
     if has_venv:
         (folder / ".venv/bin/activate").write_text(f"PATH={folder}/.venv/bin:$PATH\n")
@@ -38,28 +42,31 @@ def test_the_virtual_environment_is_used_where_there_is_one(tmp_path, has_venv):
     assert reproduce(tmp_path, "data", has_venv=has_venv) == [f"{used} {command}"]
 
 
-@pytest.mark.parametrize("part, gpus, runs", [("seeds", 1, 8), ("seeds", 3, 8), ("documents", 1, 3), ("documents", 8, 3)])
-def test_short_runs_are_spread_over_the_gpus(tmp_path, part, gpus, runs):
-    *trained, compared = (line.split() for line in reproduce(tmp_path, part, gpus=gpus))
+@pytest.mark.parametrize("part, gpus, runs, steps", [("seeds", 3, 8, 150), ("documents", 1, 3, 75), ("documents", 8, 3, 75)])
+def test_short_runs_are_spread_over_the_gpus(tmp_path, part, gpus, runs, steps):
+    together = min(gpus, runs)
+    *trained, compared = (line.split() for line in reproduce(tmp_path, part, gpus=gpus, together=together))
     configs = {}
     for words in trained:
         file, *overrides = words[words.index("--config") + 1 :]
         config, _ = load_config(ROOT / file, [each for each in overrides if not each.startswith("attention.backend=")])  # those need a GPU
         configs[config.run.name] = config, words[words.index("--include") + 1]
     assert len(configs) == len(trained) == runs
-    assert {device for _, device in configs.values()} == {f"localhost:{gpu}" for gpu in range(min(gpus, runs))}
+    devices = {device for _, device in configs.values()}
+    assert len(devices) == together and devices <= {f"localhost:{gpu}" for gpu in range(gpus)}
     assert compared[1] == "scripts/compare_runs.py" and f"docs/results/{part}.json" in compared
     for config, _ in configs.values():
-        assert config.train.steps == 150 and config.run.output_dir == f"runs/{part}"
+        assert config.train.steps == steps and config.run.output_dir == f"runs/{part}"
         assert config.train.micro_batch_size * config.model.sequence_length == 32 * 1024
         assert config.attention.document_mask == (part == "documents" and config.run.name != "triton-unmasked")
 
 
-def test_the_runs_of_modes_are_configurations_that_load(tmp_path):
-    *trained, compared = (line.split() for line in reproduce(tmp_path, "modes"))
+@pytest.mark.parametrize("part, runs", [("precisions", 5), ("modes", 21)])
+def test_the_runs_of_other_parts_are_configurations_that_load(tmp_path, part, runs):
+    *trained, compared = (line.split() for line in reproduce(tmp_path, part))
     names = set()
     for words in trained:
         file, *overrides = words[words.index("--config") + 1 :]
         # Without a GPU attention is that of the CPU, which selective checkpointing knows too.
         names.add(load_config(ROOT / file, overrides)[0].run.name)
-    assert len(names) == len(trained) == 15 and "docs/results/modes.json" in compared
+    assert len(names) == len(trained) == runs and f"docs/results/{part}.json" in compared
