@@ -97,7 +97,7 @@ def _attend(
     _check_shapes(q, k, v)
     _check_options(q, k, softcap, sinks, dropout_p, scale)
     rules = Rules(
-        q.shape[3] ** -0.5 if scale is None else scale,
+        q.shape[3] ** -0.5 if scale is None else float(scale),
         k.shape[1] - q.shape[1],
         *_bounds(causal, window),
         *_documents(q, k, document_ids, cu_seqlens),

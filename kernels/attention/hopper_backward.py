@@ -670,7 +670,9 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
         programs = min(blocks(seq_k, KEYS.value) * batch * kv_heads, multiprocessors(q.device))
         launch(backward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, of), OPTIONS)
         programs = blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads
-        launch_specialised(convert_kernel, programs, (sums, dq, heads, seq_q, rows, scale, *strides(dq)), (head_dim, ROWS_PER_PROGRAM))
+        launch_specialised(
+            convert_kernel, programs, (sums, dq), (heads, seq_q, rows, scale, *strides(dq)), (head_dim, ROWS_PER_PROGRAM)
+        )  # fmt: skip
 
 
 def _gradients(dout, dlse, q, k, v, *_):

@@ -79,6 +79,8 @@ def differentiable(operator: torch._ops.OpOverload, save_for_backward: Callable,
 
 
 _compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
+_calls: dict[tuple, triton.compiler.CompiledKernel] = {}
+MOST_CALLS = 4096  # kept: lengths that differ from call to call would fill the memory
 
 
 def launch(kernel, programs: int, arguments: tuple, key: tuple, options: dict) -> None:
@@ -91,19 +93,26 @@ def launch(kernel, programs: int, arguments: tuple, key: tuple, options: dict) -
         _compiled[key] = kernel[(programs, 1, 1)](*arguments, **options)
 
 
-def launch_specialised(kernel, programs: int, arguments: tuple, constants: tuple, **options) -> None:
-    """kernel[(programs,)](*arguments, *constants, **options), on the current device; constants: what the kernel declares tl.constexpr."""
-    if isinstance(kernel, triton.JITFunction):
-        key = torch.cuda.current_device(), *map(_specialisation, arguments), *constants, *options.values()
-        launch(kernel, programs, (*arguments, *constants), key, options)
-    else:  # the interpreter's
-        kernel[(programs,)](*arguments, *constants, **options)
+def launch_specialised(kernel, programs: int, tensors: tuple, numbers: tuple, constants: tuple, **options) -> None:
+    """kernel[(programs,)](*tensors, *numbers, *constants, **options), on the current device.
 
-
-def _specialisation(x):
-    """What Triton compiles a kernel anew for: a tensor's dtype and alignment; an integer's width, whether 16 divides it, and whether it is 1."""
-    if isinstance(x, torch.Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
-    if type(x) is int:
-        return -(2**31) <= x < 2**31, x % 16 == 0, x == 1
-    return type(x)
+    Args:
+        tensors: each may be None.
+        numbers: an int, a float or None, each of one type in all calls: 1 finds what was compiled for 1.0.
+        constants: what the kernel declares tl.constexpr.
+    """
+    if not isinstance(kernel, triton.JITFunction):  # the interpreter's
+        kernel[(programs,)](*tensors, *numbers, *constants, **options)
+        return
+    addresses = [None if x is None else x.data_ptr() for x in tensors]
+    # By the numbers themselves, and not by what of them Triton compiles for (their width, whether 16 divides them, whether they are 1):
+    # that takes longer to find out than all else here, and is left to Triton, once for each shape.
+    key = kernel, torch.cuda.current_device(), *numbers, *constants, *options.values(), *(
+        None if x is None else (x.dtype, address % 16 == 0) for x, address in zip(tensors, addresses)
+    )  # fmt: skip
+    if key in _calls:
+        _calls[key][(programs, 1, 1)](*addresses, *numbers, *constants)
+        return
+    if len(_calls) == MOST_CALLS:
+        _calls.clear()
+    _calls[key] = kernel[(programs, 1, 1)](*tensors, *numbers, *constants, **options)

@@ -278,7 +278,8 @@ def launch_rows(dout, dlse, out, lse, rows: int) -> tuple[torch.Tensor, torch.Te
     dlse = None if dlse is None else dlse.contiguous()
     launch_specialised(
         row_kernel, blocks(rows, ROWS_PER_PROGRAM) * batch * heads,
-        (dout, dlse, out, lse, padded_lse, delta, heads, seq_q, rows, LOG2_E, *strides(dout), *strides(out)),
+        (dout, dlse, out, lse, padded_lse, delta),
+        (heads, seq_q, rows, LOG2_E, *strides(dout), *strides(out)),
         (*widths(value_dim, value_dim)[2:], ROWS_PER_PROGRAM),
     )  # fmt: skip
     return lse if padded_lse is None else padded_lse, delta
@@ -299,8 +300,8 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
         block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features, bounded)
         launch_specialised(
             dkdv_kernel, blocks(seq_k, block_n) * batch * kv_heads,
+            (q, k, v, dout, lse, delta, dk, dv, *pointers),
             (
-                q, k, v, dout, lse, delta, dk, dv, *pointers,
                 kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
             ),
@@ -311,8 +312,8 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
         block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features, bounded)
         launch_specialised(
             dq_kernel, blocks(seq_q, block_m) * batch * heads,
+            (q, k, v, dout, lse, delta, dq, *pointers),
             (
-                q, k, v, dout, lse, delta, dq, *pointers,
                 heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
                 *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
             ),

@@ -214,11 +214,9 @@ def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> t
     with torch.cuda.device_of(q):
         launch_specialised(
             forward_kernel, blocks(seq_q, block_m) * batch * heads,
+            (q, k, v, out, lse, features.sinks, *pointers),
+            (heads, seq_q, seq_k, scale * LOG2_E, *numbers, *strides(q), *strides(k), *strides(v), *strides(out)),
             (
-                q, k, v, out, lse, features.sinks, *pointers,
-                heads, seq_q, seq_k, scale * LOG2_E, *numbers,
-                *strides(q), *strides(k), *strides(v), *strides(out),
-            ), (
                 heads // kv_heads, *widths(head_dim, value_dim), block_m, block_n,
                 causal, seq_q % block_m == 0, seq_k % block_n == 0, dot_precision(q.dtype),
             ),

@@ -1,0 +1,73 @@
+"""kernels/attention/operators.py: which calls share a compiled kernel, and what it is called with. GPU tests show that they compute."""
+
+import pytest
+import torch
+import triton
+
+from kernels.attention import operators
+
+
+class Kernel(triton.JITFunction):
+    """Compiles nothing; `compiled` has a list for each time it would have, of the calls that came to it later."""
+
+    __hash__ = object.__hash__
+
+    def __init__(self):
+        self.compiled: list[list] = []
+
+    def __eq__(self, other):
+        return self is other
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.compiled.append([(grid, arguments)])
+            return Compiled(self.compiled[-1])
+
+        return run
+
+
+class Compiled:
+    def __init__(self, calls: list):
+        self.calls = calls
+
+    def __getitem__(self, grid):
+        return lambda *arguments: self.calls.append((grid, arguments))
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    kernel = Kernel()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(operators, "_calls", {})
+
+    def launch(*tensors, numbers=(3, 0.5, None), constants=(64,), programs=7, **options) -> list[list]:
+        operators.launch_specialised(kernel, programs, tensors, numbers, constants, **options)
+        return kernel.compiled
+
+    return launch
+
+
+def test_the_same_call_has_addresses_in_the_place_of_tensors(launch):
+    x, y = torch.zeros(2, 64), torch.ones(2, 64)
+    launch(x, None, num_warps=4)
+    (calls,) = launch(y, None, num_warps=4, programs=8)
+    assert calls == [((7, 1, 1), (x, None, 3, 0.5, None, 64)), ((8, 1, 1), (y.data_ptr(), None, 3, 0.5, None, 64))]
+
+
+def test_what_triton_may_compile_anew_for_is_another_call(launch):
+    x = torch.zeros(2, 64)
+    others = {}, dict(numbers=(16, 0.5, None)), dict(numbers=(3, 0.5, 1)), dict(constants=(32,)), dict(num_warps=8), dict(num_warps=4)
+    for count, other in enumerate(others, start=1):
+        for _ in range(2):
+            assert len(launch(x, None, **other)) == count
+    for tensors in ((x.bfloat16(), None), (x[:, 1:], None), (x, x), (None, x)):
+        count += 1
+        for _ in range(2):
+            assert len(launch(*tensors)) == count
+
+
+def test_calls_that_never_come_again_do_not_fill_the_memory(launch):
+    x = torch.zeros(4)
+    for length in range(operators.MOST_CALLS + 10):
+        launch(x, numbers=(length,))
+    assert len(operators._calls) == 10
