@@ -299,17 +299,16 @@ def describe(config: Config, meter, corpus=None) -> str:
     """What is about to happen, a line each, without those of the data where there is no corpus: every derived number with where it comes from."""
     model, attention, train = config.model, config.attention, config.train
     within = f" in a window of {attention.window}" * (attention.window is not None) + " within documents" * attention.document_mask
-    processes = f"{meter.world} processes" + f" / {config.parallel.sequence} that share a sequence" * (config.parallel.sequence > 1)
     peak = f"{meter.peak_flops / 1e12:.0f} TFLOP/s peak in {train.precision}" if meter.peak_flops else "peak unknown, so no MFU"
     data = "" if corpus is None else f"{describe_data(config, corpus)}\n"
     return (
         f"model  {meter.parameters['total']:,} parameters: {model.layers} layers, {model.hidden_size} wide, {model.heads} heads of {model.head_dim}, "
         f"attention {attention.backend}{within}, checkpointing {train.activation_checkpointing}"
-        f"{', offloaded' * train.checkpoint_offload}{f', feed-forward in tiles of {train.mlp_tile}' if train.mlp_tile else ''}{', blocks compiled' * train.compile}\n"
+        f"{', offloaded' * train.checkpoint_offload}{f', feed-forward in tiles of {train.mlp_tile}' if train.mlp_tile else ''}{', compiled' * train.compile}\n"
         f"{data}"
-        f"batch  {train.micro_batch_size} micro x {train.gradient_accumulation_steps} accumulation x {processes} = {train.global_batch_size} "
+        f"batch  {train.micro_batch_size} micro x {train.gradient_accumulation_steps} accumulation x {config.sharing.of(meter.world)} = {train.global_batch_size} "
         f"sequences of {model.sequence_length} = {meter.tokens_per_step:,} tokens a step, {train.steps} steps\n"
-        f"device {meter.world} x {meter.device_name} ({peak}), ZeRO stage {config.zero.stage}, {train.precision}"
+        f"device {meter.world} x {meter.device_name} ({peak}), {config.engine}, {train.precision}"
     )
 
 

@@ -20,7 +20,7 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
@@ -122,15 +122,24 @@ def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: LoopState, conf
     Raises:
         UserFault: the disk is full or not writable; earlier checkpoints are as they were.
     """
+
+    def write(temporary: Path) -> None:
+        try:
+            with _told_if_not_written(temporary):
+                engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
+        except UserFault as error:
+            raise LoneFault(str(error)) from error
+
+    return save_as(write, folder, state, config, corpus_sha256=corpus_sha256, parameters=parameters)
+
+
+def save_as(write: Callable[[Path], None], folder: Path, state: LoopState, config: Config, *, corpus_sha256: str, parameters: int) -> Path:
+    """What ``save`` does, where ``write`` puts parameters and optimizer states into a folder; it is called on every rank."""
     final = step_folder(folder, state.step)
     temporary = final.with_suffix(".tmp")
     first = dist.get_rank() == 0
     together(lambda: _make_room(folder, _BYTES_PER_PARAMETER * parameters), here=first)
-    try:
-        with _told_if_not_written(temporary):
-            engine.save_checkpoint(str(folder), tag=temporary.name, save_latest=False)
-    except UserFault as error:
-        raise LoneFault(str(error)) from error
+    write(temporary)
     together(lambda: _save_generators(temporary))
 
     def write_state() -> None:
@@ -279,6 +288,8 @@ def check_fits(checkpoint: Checkpoint, config: Config, *, corpus_sha256: str) ->
             faults.append(line)
         elif key not in free and key.split(".")[0] not in free:
             changed.append(f"changed since the checkpoint: {line}")
+    if ("megatron" in checkpoint.saved["config"]) != hasattr(config, "megatron"):
+        faults.append("train.py and scripts/megatron_pretrain.py do not read each other's checkpoints")
     if faults:
         raise UserFault(f"{checkpoint.folder} does not fit this configuration; take the checkpoint's values, or start another run:\n  " + "\n  ".join(faults))
     return changed + _rates_so_far(checkpoint, config)

@@ -259,7 +259,7 @@ ROWS = (
 
 def faults(config: "Config") -> list[tuple[set[str], str, str]]:
     """What does not compose in a configuration: (sections read, key, what and remedy)."""
-    return [(row.sections, row.keys[0], row.message(config)) for row in ROWS if row.refused(config)]
+    return [(row.sections, row.keys[0], row.message(config)) for row in config.rows if row.refused(config)]
 
 
 def table() -> str:

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import yaml
@@ -132,6 +132,17 @@ class TrackingSection(Section):
     tags: list[str] = []
 
 
+class Sharing(NamedTuple):
+    """Processes of a run that read the same samples."""
+
+    processes: int
+    what: str  # they share
+    key: str  # that says so
+
+    def of(self, world_size: int) -> str:
+        return f"{world_size} processes" + f" / {self.processes} that share {self.what}" * (self.processes > 1)
+
+
 class Config(Section):
     """One run.  ``configs/base.yaml`` documents every key."""
 
@@ -147,6 +158,16 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     sample: SampleSection = SampleSection()
     tracking: TrackingSection = TrackingSection()
+
+    rows: ClassVar = compositions.ROWS  # what does not compose
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing(self.parallel.sequence, "a sequence", "parallel.sequence")
+
+    @property
+    def engine(self) -> str:
+        return f"ZeRO stage {self.zero.stage}"
 
 
 # --- YAML -----------------------------------------------------------------------------------------------------------
@@ -262,12 +283,12 @@ class _Tree:
 # --- Checks ---------------------------------------------------------------------------------------------------------
 
 
-def _describe(error: dict, tree: _Tree) -> str:
+def _describe(error: dict, tree: _Tree, schema: type[Config]) -> str:
     """One pydantic error as: place: key: what, remedy."""
     path = error["loc"]
     key = ".".join(str(part) for part in path)
     if error["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = schema
         for part in path[:-1]:
             section = section.model_fields[part].annotation
         close = difflib.get_close_matches(str(path[-1]), section.model_fields, n=1, cutoff=0.0)
@@ -277,15 +298,11 @@ def _describe(error: dict, tree: _Tree) -> str:
     return f"{tree.origin(path)}: {key}: {what}"
 
 
-def _resolve_batch(train: TrainSection, world_size: int, sharing: int) -> tuple[TrainSection, str | None]:
-    """Fill in the one of micro, accumulation and global batch size that is null; refuse what does not multiply out.
-
-    sharing: parallel.sequence.
-    """
+def _resolve_batch(train: TrainSection, world_size: int, sharing: Sharing) -> tuple[TrainSection, str | None]:
+    """Fill in the one of micro, accumulation and global batch size that is null; refuse what does not multiply out."""
     micro, accumulation, total = train.micro_batch_size, train.gradient_accumulation_steps, train.global_batch_size
-    processes = f"{world_size} processes" + f" / {sharing} that share a sequence" * (sharing > 1)
-    world_size //= sharing
-    given = f"micro_batch_size {micro} x gradient_accumulation_steps {accumulation} x {processes}, global_batch_size {total}"
+    given = f"micro_batch_size {micro} x gradient_accumulation_steps {accumulation} x {sharing.of(world_size)}, global_batch_size {total}"
+    world_size //= sharing.processes
     if [micro, accumulation, total].count(None) > 1:
         return train, f"only one of the three may be null ({given}); set the others"
     if total is None:
@@ -301,7 +318,7 @@ def _resolve_batch(train: TrainSection, world_size: int, sharing: int) -> tuple[
 
 
 def load_config(
-    file: str | Path, overrides: Iterable[str] = (), *, world_size: int = 1, assumed_gpu: tuple[int, int] | None = None
+    file: str | Path, overrides: Iterable[str] = (), *, world_size: int = 1, assumed_gpu: tuple[int, int] | None = None, schema: type[Config] = Config
 ) -> tuple[Config, list[str]]:
     """Read, merge, check and resolve one run's configuration.
 
@@ -310,6 +327,7 @@ def load_config(
         overrides: ``section.key=value`` strings; values are YAML.
         world_size: number of processes of the run, for the batch arithmetic.
         assumed_gpu: compute capability of a GPU to resolve for; None: this machine's, or its CPU.
+        schema: the class of the configuration.
 
     Returns:
         The configuration with every derived value filled in, and what ``auto`` chose and why, a line each.
@@ -325,26 +343,26 @@ def load_config(
     faults = tree.faults
     broken: set[str] = set()
     try:
-        config = Config.model_validate(tree.values)
+        config = schema.model_validate(tree.values)
     except ValidationError as error:
-        faults += [_describe(fault, tree) for fault in error.errors()]
+        faults += [_describe(fault, tree, schema) for fault in error.errors()]
         broken = {str(fault["loc"][0]) for fault in error.errors()}
         # The sound sections are checked on, so that every fault is told at once.
-        config = Config.model_validate({section: values for section, values in tree.values.items() if section not in broken})
+        config = schema.model_validate({section: values for section, values in tree.values.items() if section not in broken})
     given = {} if "model" in broken else tree.values.get("model", {})
     config, pretrained_faults = _resolve_pretrained(config, given)
     faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for key, what in pretrained_faults]
-    config, notes, found = _resolve(config, _run_name(file, tree.overridden), file.stem, world_size, assumed_gpu)
+    config, notes, found = _resolve(config, _run_name(file, tree.overridden, schema), file.stem, world_size, assumed_gpu)
     faults += [f"{tree.origin(key.split('.'))}: {key}: {what}" for sections, key, what in found if not broken & sections]
     if faults:
         raise ConfigError(f"{file}: {len(faults)} fault{'s' * (len(faults) > 1)} in the configuration\n" + "\n".join(f"  {f}" for f in faults))
     return config, notes
 
 
-def _run_name(file: Path, overridden: dict[str, str]) -> str:
+def _run_name(file: Path, overridden: dict[str, str], schema: type[Config]) -> str:
     """The file's name and what the command line makes differ in the curve: ``gpt2-124m,backend=sdpa,seed=2``."""
     silent = ("run.name", "run.output_dir", "checkpoint.", "eval.", "sample.", "tracking.")
-    holders = Counter(key for section in Config.model_fields.values() for key in section.annotation.model_fields)
+    holders = Counter(key for section in schema.model_fields.values() for key in section.annotation.model_fields)
     differing = []
     for key, value in overridden.items():
         last = Path(key.split(".")[-1]).name  # a key of data.mixture is a folder
@@ -359,7 +377,7 @@ def _run_name(file: Path, overridden: dict[str, str]) -> str:
 def _resolve_pretrained(config: Config, given: dict[str, Any]) -> tuple[Config, list[tuple[str, str]]]:
     """The architecture of model.init_from or model.huggingface, and what of ``given``, the run's own ``model``, contradicts it: (key, what)."""
     keys = {"model.init_from", "model.huggingface"}
-    if (config.model.init_from, config.model.huggingface) == (None, None) or any(keys & set(row.keys) and row.refused(config) for row in compositions.ROWS):
+    if (config.model.init_from, config.model.huggingface) == (None, None) or any(keys & set(row.keys) and row.refused(config) for row in config.rows):
         return config, []
     model, faults = pretrained.resolve(config.model, given, config.attention.window)
     return config.model_copy(update={"model": model}), faults
@@ -373,17 +391,17 @@ def _resolve(
     attention = config.attention.model_copy(update={"backend": "" if backend_faults else backend})
     faults = compositions.faults(config.model_copy(update={"attention": attention}))
     faults += [(compositions.sections_of("attention.backend"), key, what) for key, what in backend_faults]
-    train, sharing = config.train, config.parallel.sequence
-    if any(key == "parallel.sequence" for _, key, _ in faults):
+    train, sharing = config.train, config.sharing
+    if any(key == sharing.key for _, key, _ in faults):
         pass  # told; of the batch nothing is known then
-    elif world_size % sharing:
-        what = f"{sharing} processes share a sequence, and {world_size} cannot be divided into such groups"
-        remedy = f"use a divisor of {world_size}, 1 for no sharing, or start a multiple of {sharing} processes"
-        faults.append(({"parallel"}, "parallel.sequence", f"{what}; {remedy}"))
+    elif world_size % sharing.processes:
+        what = f"{sharing.processes} processes share {sharing.what}, and {world_size} cannot be divided into such groups"
+        remedy = f"use a divisor of {world_size}, 1 for no sharing, or start a multiple of {sharing.processes} processes"
+        faults.append((compositions.sections_of(sharing.key), sharing.key, f"{what}; {remedy}"))
     else:
         train, batch_fault = _resolve_batch(train, world_size, sharing)
         if batch_fault:
-            faults.append(({"train", "parallel"}, "train.global_batch_size", batch_fault))
+            faults.append(({"train"} | compositions.sections_of(sharing.key), "train.global_batch_size", batch_fault))
     if set("*?[") & set(config.run.output_dir):
         faults.append(({"run"}, "run.output_dir", f"{config.run.output_dir} has one of * ? [ in it, which DeepSpeed takes for a pattern; rename that folder"))
     on_gpu = assumed_gpu is not None or torch.cuda.is_available()

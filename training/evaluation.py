@@ -36,7 +36,11 @@ def evaluate(engine: deepspeed.DeepSpeedEngine, batches: Iterable[Batch], token_
         totals += torch.stack([engine(tokens, labels).double(), counted.numel() * totals.new_ones(()), bytes_of[counted].sum().double()])
     dist.all_reduce(totals)
     engine.train()
-    nats, targets, text_bytes = totals.tolist()
+    return validation_results(*totals.tolist())
+
+
+def validation_results(nats: float, targets: float, text_bytes: float) -> dict[str, float]:
+    """What `evaluate` returns, of its sums over all ranks."""
     loss = nats / targets
     return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0)), "val_bits_per_byte": nats / math.log(2) / text_bytes}
 

@@ -17,9 +17,11 @@ class Meter:
 
     elapsed_seconds: of earlier starts of the run.
     device_name: of the GPUs; None: this machine's.
+    recomputed: what the backward pass computes again, as of ``count_recomputed``; None: what train.activation_checkpointing does.
     """
 
-    def __init__(self, config: Config, world: int, *, elapsed_seconds: float = 0.0, device_name: str | None = None):
+    def __init__(self, config: Config, world: int, *, elapsed_seconds: float = 0.0, device_name: str | None = None,
+                 recomputed: dict[str, int] | None = None):
         model = config.model
         self.world = world
         self.tokens_per_step = config.train.global_batch_size * model.sequence_length
@@ -29,7 +31,7 @@ class Meter:
             tile = config.train.mlp_tile
             tiled = tile is not None and tile < config.train.micro_batch_size * model.sequence_length // config.parallel.sequence
             self.parameters = count_parameters(model)
-            recomputed = count_recomputed(model, checkpointing_of(config), compiled=config.train.compile, tiled=tiled)
+            recomputed = recomputed or count_recomputed(model, checkpointing_of(config), compiled=config.train.compile, tiled=tiled)
         shape = {"matmul_parameters": self.parameters["matmul"], "layers": model.layers, "attention_width": model.heads * model.head_dim,
                  "sequence_length": model.sequence_length, "window": config.attention.window}
         self.flops_per_token = model_flops_per_token(**shape)
