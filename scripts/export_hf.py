@@ -61,9 +61,11 @@ def export(source: Path, out: Path, *, tokenizer: str | None = None, dtype: str 
         raise UserFault(f"{out}: exists already; remove it, or choose another folder")
     if faults := faults_of(found[0]):
         raise UserFault(f"{found[0]} is damaged: {'; '.join(faults)}")
+    checkpoint = Checkpoint.read(found[0])
+    if "megatron" in checkpoint.saved["config"]:
+        raise UserFault(f"{found[0]} is of scripts/megatron_pretrain.py; those of train.py alone can be exported")
     if find_spec("safetensors") is None:
         raise UserFault(f"the package safetensors is missing: {INSTALL}")
-    checkpoint = Checkpoint.read(found[0])
     config = Config.model_validate(checkpoint.saved["config"])
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{out.name}.partial-", dir=out.parent) as partial:

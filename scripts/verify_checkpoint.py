@@ -19,8 +19,9 @@ def describe(checkpoint: Path) -> str:
     files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
     saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
     layout = saved["layout"]
+    engine = "Megatron-Core" if "megatron" in saved["config"] else f"ZeRO stage {layout['zero_stage']}"
     return (f"step {saved['loop']['step']}, {len(files)} files, {sum(entry['bytes'] for entry in files.values()) / 1e9:.3f} GB, "
-            f"{layout['world_size']} processes, ZeRO stage {layout['zero_stage']}, {layout['precision']}")
+            f"{layout['world_size']} processes, {engine}, {layout['precision']}")
 
 
 def main() -> int:

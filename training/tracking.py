@@ -26,7 +26,7 @@ METRICS_FILE = "metrics.jsonl"
 REPLACED_FILE = "metrics.replaced.jsonl"
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
-_PACKAGES = ("torch", "triton", "deepspeed", "numpy", "pydantic", "PyYAML", "tokenizers", "wandb")
+_PACKAGES = ("torch", "triton", "deepspeed", "megatron-core", "numpy", "pydantic", "PyYAML", "tokenizers", "wandb")
 
 logger = logging.getLogger(__name__)
 
@@ -274,13 +274,13 @@ def _write_durably(file: BinaryIO, content: bytes) -> None:
 
 
 def run_tags(config: dict[str, Any], parameters: int) -> list[str]:
-    """What one looks for runs by, from a resolved configuration: size, sequence length, attention backend, ZeRO stage and precision,
-    as in ["124M", "seq1024", "triton", "zero3", "bf16"]."""
+    """What one looks for runs by, from a resolved configuration: size, sequence length, attention backend, ZeRO stage (or megatron) and
+    precision, as in ["124M", "seq1024", "triton", "zero3", "bf16"]."""
     return [
         _model_size(parameters),
         f"seq{config['model']['sequence_length']}",
         config["attention"]["backend"],
-        f"zero{config['zero']['stage']}",
+        "megatron" if "megatron" in config else f"zero{config['zero']['stage']}",
         config["train"]["precision"],
     ]
 

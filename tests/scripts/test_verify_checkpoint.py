@@ -22,7 +22,7 @@ def run_dir(tmp_path):
         folder = tmp_path / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
         layout = {"world_size": 2, "zero_stage": 3, "precision": "bf16"}
-        (folder / "state.json").write_text(json.dumps({"loop": {"step": step}, "layout": layout}))
+        (folder / "state.json").write_text(json.dumps({"loop": {"step": step}, "layout": layout, "config": {}}))
         (folder / "part.pt").write_bytes(bytes(range(256)) * step)
         write_manifest(folder, {file.name: seal(file) for file in folder.iterdir()})
     (tmp_path / "checkpoints" / "step_00000015.tmp").mkdir()
