@@ -76,6 +76,8 @@ def deepspeed_config(config: Config) -> dict:
         # DeepSpeed knows torch's AdamW; Muon's ZeRO is training.muon's, tested against the unsharded one.
         **({"zero_allow_untested_optimizer": True} if config.optimizer.name == "muon" else {}),
         "steps_per_print": None,
+        # A clock that nobody reads, for which the host would wait for the GPU before and after every micro batch.
+        "timers": {"throughput": {"enabled": False}},
     }
     unread = unread_keys(generated)
     if unread:
@@ -194,7 +196,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     if config.optimizer.name == "muon" and config.zero.stage > 0:
         find_shards(optimizer, engine.optimizer, [layer.weight for layer in hidden_layers(model)])
     if _shortened(config):
-        shorten_step(engine.optimizer)
+        shorten_step(engine, on_gpu_only=config.zero.offload_parameters == "none")
     if config.zero.stage == 0:
         # Its bf16 optimizer allocates the states by a step with zero gradients, which would count in Adam's bias correction.
         optimizer.state.clear()

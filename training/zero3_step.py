@@ -1,54 +1,144 @@
-"""ZeRO-3's sums of gradients and optimizer step with fewer copies, and less for the GPU to wait for.
+"""ZeRO-3's sums of gradients, its gathered parameters and its step with less for the host to do, and less for the GPU to wait for.
 
-DeepSpeed 0.19.8 (stage3.py) copies each gradient into a bucket, these side by side, and divides all by the number of ranks before they are
-summed. At the end of the backward pass it waits for the GPU, which from then on waits for the host: while every gathered parameter is let go
-of; while the norm is taken parameter by parameter, each gradient copied to float64; while the gradients of each sub-group, which lie in one
-flat buffer, are copied to another.
+What DeepSpeed 0.19.8 does of this is right, and slow where a step is short. Every function here says what it puts in the place of what; a name
+of DeepSpeed's that is no longer there is a RuntimeError when the engine is built.
 """
 
 import math
-
+from collections import deque
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
+import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from torch import nn
+
+SUMS_UNDER_WAY = 2  # buckets whose sums over the ranks may be under way while the backward pass goes on; each holds its memory
 
 
-def shorten_step(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Have DeepSpeed's optimizer of stage 3, without offload, do as the functions below say."""
-    scatter_at_once(zero)
+def shorten_step(engine: deepspeed.DeepSpeedEngine, *, on_gpu_only: bool) -> None:
+    """Have DeepSpeed's engine with stage 3, without offload of the optimizer, do as the functions below say.
+
+    on_gpu_only: no parameter waits on the host.
+    """
+    zero = engine.optimizer
+    GradientBuckets(zero)
     take_flat_gradients(zero)
-    release_late(zero)
+    keep_views(zero)
+    if on_gpu_only and all(p.ds_persist for p in engine.module.parameters()):
+        stay_gathered(engine)
+    else:
+        release_late(zero)
+        drop_idle_hooks(zero)
 
 
-def scatter_at_once(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Gradients of a bucket are laid out for the ranks, and converted, by one kernel, and this rank's sums alone are divided.
+def _replace(owner: object, **functions: Callable) -> None:
+    for name, function in functions.items():
+        if not callable(getattr(owner, name, None)):
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}, in whose place training/zero3_step.py has its own; "
+                               "install the version in the constraints file")
+        setattr(owner, name, function)
 
-    With ``contiguous_gradients: false``, which leaves them where the backward pass has put them until then.
+
+class GradientBuckets:
+    """Sums gradients over the ranks, bucket by bucket while the backward pass goes on, and adds this rank's pieces up over micro batches.
+
+    In the place of DeepSpeed's hooks: of those around each leaf module and of what they do with each gradient on its own (copy it, have one
+    stream wait for another, cut it, convert it, add it, mark it for the allocator). What is in a bucket is settled beforehand, from the last
+    parameter to the first, and buckets are summed in that order, so that no rank waits for another's whatever order gradients come in, and a
+    parameter that had no part in a rank's loss counts with zeros. One kernel lays a bucket's gradients out for the ranks and converts them;
+    one divides this rank's sums, one adds them. The host waits for none of it.
     """
 
-    def average_and_scatter(parameters: list[torch.nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
-        group = zero._get_param_partition_group(parameters[0])
-        world, rank = dist.get_world_size(group), dist.get_rank(group)
-        lengths = [p.grad.numel() for p in parameters]
-        pieces = [math.ceil(length / world) for length in lengths]  # DeepSpeed's
-        device = parameters[0].grad.device
-        everyones = torch.empty(world, sum(pieces), dtype=dtype, device=device)
-        torch._chunk_cat([p.grad.reshape(-1) for p in parameters], 0, world, out=everyones)
-        mine = torch.empty(sum(pieces), dtype=dtype, device=device)
-        dist.reduce_scatter_tensor(mine, everyones.view(-1), group=group)
-        mine = mine.to(zero.gradient_accumulation_dtype).div_(world)
-        own = [max(0, min(piece, length - rank * piece)) for piece, length in zip(pieces, lengths, strict=True)]
-        return [part[:length] for part, length in zip(mine.split(pieces), own, strict=True)]
+    def __init__(self, zero: DeepSpeedZeroOptimizer_Stage3):
+        self.zero = zero
+        parameters = sorted((p for group in zero.fp16_groups for p in group if p.requires_grad), key=lambda p: p.ds_id, reverse=True)
+        self.group = zero._get_param_partition_group(parameters[0])
+        self.world = dist.get_world_size(self.group)
+        partitions = getattr(zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition")
+        self.buckets: list[list[nn.Parameter]] = []
+        elements = zero.reduce_bucket_size
+        for parameter in parameters:
+            if elements + parameter.ds_numel > zero.reduce_bucket_size:
+                self.buckets.append([])
+                elements = 0
+            self.buckets[-1].append(parameter)
+            elements += parameter.ds_numel
+        self.pieces = [[math.ceil(p.ds_numel / self.world) for p in bucket] for bucket in self.buckets]  # DeepSpeed's
+        self.sums = [[partitions[p.ds_id] for p in bucket] for bucket in self.buckets]
+        self.under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._expect_all()
+        for hook in (*zero._grad_acc_hooks, *zero._leaf_module_hooks):
+            hook.remove()
+        zero._leaf_module_hooks.clear()
+        zero._grad_acc_hooks[:] = [parameter.register_post_accumulate_grad_hook(self._arrived(index))
+                                   for index, bucket in enumerate(self.buckets) for parameter in bucket]
+        _replace(zero, overlapping_partition_gradients_reduce_epilogue=self.finish)
 
-    zero._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = average_and_scatter
+    def _expect_all(self) -> None:
+        self.next, self.missing = 0, [len(bucket) for bucket in self.buckets]
+
+    def _arrived(self, index: int) -> Callable[[nn.Parameter], None]:
+        def arrived(parameter: nn.Parameter) -> None:
+            missing = self.missing
+            missing[index] -= 1
+            if missing[index] == 0 and index == self.next:
+                while self.next < len(missing) and missing[self.next] <= 0:
+                    self._sum(self.next)
+                    self.next += 1
+
+        return arrived
+
+    def finish(self) -> None:
+        """After a backward pass: what is left, for the stream that goes on to have."""
+        for index in range(self.next, len(self.buckets)):
+            self._sum(index)
+        while self.under_way:
+            self._take_back()
+        self._expect_all()
+        self.zero._epilogue_ran_this_backward = True  # by which DeepSpeed counts micro batches
+
+    def _take_back(self) -> None:
+        _, done = self.under_way.popleft()
+        torch.cuda.current_stream().wait_event(done)  # the memory is free for what this stream does next
+
+    @torch.no_grad()
+    def _sum(self, index: int) -> None:
+        bucket, pieces, zero = self.buckets[index], self.pieces[index], self.zero
+        gradients = [(torch.zeros(p.ds_shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad).view(-1) for p in bucket]
+        everyones = torch.empty(self.world, sum(pieces), dtype=zero.communication_data_type, device=gradients[0].device)
+        torch._chunk_cat(gradients, 0, self.world, out=everyones)
+        for parameter in bucket:
+            parameter.grad = None
+        if self.world == 1 or not everyones.is_cuda:
+            return self._add(index, everyones)
+        while len(self.under_way) >= SUMS_UNDER_WAY:
+            self._take_back()
+        stream, done = zero.reduce_and_partition_stream, torch.cuda.Event()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._add(index, everyones)
+            done.record()
+        self.under_way.append((everyones, done))
+
+    def _add(self, index: int, everyones: torch.Tensor) -> None:
+        mine = everyones[0]
+        if self.world > 1:
+            mine = torch.empty_like(mine)
+            dist.reduce_scatter_tensor(mine, everyones.view(-1), group=self.group)
+            mine = mine.to(self.zero.gradient_accumulation_dtype).div_(self.world)
+        add = torch._foreach_copy_ if self.zero.micro_step_id == 0 else torch._foreach_add_
+        add(self.sums[index], mine.to(self.zero.gradient_accumulation_dtype).split(self.pieces[index]))
 
 
 def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
     """Norm and step take the gradients from the flat buffer; clipping scales it in place.
 
-    What pads a parameter to equal pieces is 0 in it, and the first micro batch of a step writes all else anew.
+    In the place of a norm parameter by parameter, for which each gradient is copied to float64, and of a copy of the gradients of each
+    sub-group to another flat buffer. What pads a parameter to equal pieces is 0 in it, and the first micro batch of a step writes all else anew.
     """
     ends = accumulate((sum(p.partition_numel() for p in group) for group in zero.fp16_groups), initial=0)
     gradients = [zero.grad_partitions_flat_buffer[start:end] for start, end in pairwise(ends)]
@@ -65,11 +155,14 @@ def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
         flat.grad = gradients[group].to(flat.dtype)
         zero.averaged_gradients[group] = None
 
-    zero._get_norm_groups, zero._prepare_fp32_grad_for_sub_group = norms_of_groups, hand_to_optimizer
+    _replace(zero, _get_norm_groups=norms_of_groups, _prepare_fp32_grad_for_sub_group=hand_to_optimizer)
 
 
 def release_late(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Within the step, gathered parameters are let go of once the GPU has the update to compute, which is of this rank's pieces alone."""
+    """Within the step, gathered parameters are let go of once the GPU has the update to compute, which is of this rank's pieces alone.
+
+    DeepSpeed lets go of them first, when the GPU has nothing to do.
+    """
     step, release, finish = zero.step, zero._partition_all_parameters, zero._post_step
 
     def release_and_finish(timer_names: set[str]) -> None:
@@ -86,3 +179,95 @@ def release_late(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
             release()
 
     zero.step = step_and_release
+
+
+def drop_idle_hooks(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """No hooks around a module that has no parameter to gather: of its own, or for a leaf module of those inside of it."""
+    offload = zero.parameter_offload
+    idle = set()
+    for module in offload.module.modules():
+        parameters = module.parameters(recurse=deepspeed.utils.z3_leaf_module(module))
+        if all(p.ds_persist for p in parameters):
+            idle |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
+    for hooks in (offload.forward_hooks, offload.backward_hooks):
+        for hook in hooks:
+            if id(hook.hooks_dict_ref()) in idle:
+                hook.remove()
+
+
+def stay_gathered(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Where every parameter stays on every rank, none of what DeepSpeed does around modules is done; a step brings new values to the same place.
+
+    On one process a parameter is its own piece: it has them already. On more, one gather of all pieces of a sub-group and one kernel for all of
+    its parameters are in the place of a gather for each of them, for which the host then waits. What else lets go of parameters, such as a
+    checkpoint, may: they are gathered when the model is called.
+    """
+    zero, model = engine.optimizer, engine.module
+    offload, parameters = zero.parameter_offload, list(model.parameters())
+    offload._remove_module_hooks()
+    # Theirs are timers, which are off, and marks on every module for parameters used outside of theirs.
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for module in model.modules():
+        module._parameters = dict(module._parameters)  # DeepSpeed's kind looks at every parameter that it hands out
+
+    def gather_missing(*_) -> None:
+        missing = [p for p in parameters if p.ds_status != ZeroParamStatus.AVAILABLE]
+        if missing:
+            missing[0].all_gather(missing)
+
+    gather_missing()
+    offload.fwd_pre_hook = model.register_forward_pre_hook(gather_missing)
+    step, finish = zero.step, zero._post_step
+    renew = _renewal(zero)
+
+    def renew_and_finish(timer_names: set[str]) -> None:
+        renew()
+        finish(timer_names)
+
+    def step_and_renew(closure: None = None) -> None:
+        zero._partition_all_parameters, zero._post_step = lambda: None, renew_and_finish
+        try:
+            step()
+        finally:
+            del zero._partition_all_parameters, zero._post_step
+
+    zero.step = step_and_renew
+
+
+def _renewal(zero: DeepSpeedZeroOptimizer_Stage3) -> Callable[[], None]:
+    """What brings every rank's new pieces into the gathered parameters."""
+    process_group = zero._get_param_partition_group(zero.fp16_groups[0][0])
+    world = dist.get_world_size(process_group)
+    if world == 1:
+        strangers = [p for group in zero.fp16_groups for p in group if p.data_ptr() != p.ds_tensor.data_ptr()]
+        if strangers:
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} copies parameters on one process, which training/zero3_step.py takes for their own pieces; "
+                               "install the version in the constraints file")
+        return lambda: None
+    pieces = [[p.partition_numel() for p in group] for group in zero.fp16_groups]
+    wholes = [[p.data.new_empty(world, piece) for p, piece in zip(group, its, strict=True)] for group, its in zip(zero.fp16_groups, pieces, strict=True)]
+    views = [[whole.view(-1)[: p.ds_numel].view(p.ds_shape) for p, whole in zip(group, its, strict=True)]
+             for group, its in zip(zero.fp16_groups, wholes, strict=True)]
+
+    def renew() -> None:
+        for group, flat, its, into, its_views in zip(zero.fp16_groups, zero.fp16_partitioned_groups_flat, pieces, wholes, views, strict=True):
+            everyones = flat.new_empty(world, len(flat))
+            dist.all_gather_into_tensor(everyones.view(-1), flat, group=process_group)
+            torch.split_with_sizes_copy(everyones, its, dim=1, out=into)
+            for parameter, view in zip(group, its_views, strict=True):
+                if parameter.data_ptr() != view.data_ptr():  # gathered by DeepSpeed meanwhile
+                    parameter.data = view
+
+    renew()
+    return renew
+
+
+def keep_views(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """The rank's pieces of parameters are views of one flat tensor for good; DeepSpeed makes them anew every step."""
+    for flat, pieces in zip(zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups, strict=True):
+        starts = accumulate((piece.numel() for piece in pieces[:-1]), initial=0)
+        if any(piece.data_ptr() != flat[start:].data_ptr() for start, piece in zip(starts, pieces, strict=True)):
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} has the pieces of parameters elsewhere than training/zero3_step.py expects them; "
+                               "install the version in the constraints file")
+    _replace(zero, _unflatten_partitioned_parameters=lambda group: None)
