@@ -4,6 +4,7 @@ import importlib
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -63,7 +64,8 @@ def deepspeed_config(config: Config) -> dict:
             "contiguous_gradients": not _shortened(config),
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
-            "stage3_param_persistence_threshold": zero.persistence_threshold,
+            # A single process has each parameter whole, unless it waits on the host.
+            "stage3_param_persistence_threshold": sys.maxsize if _alone(config) and zero.offload_parameters == "none" else zero.persistence_threshold,
             "stage3_max_reuse_distance": zero.reuse_distance,
             # What is kept must not stop the prefetch; DeepSpeed's default otherwise.
             "stage3_max_live_parameters": max(zero.reuse_distance, 1_000_000_000),
@@ -127,6 +129,11 @@ def _is_plain(config: Config) -> bool:
 def _shortened(config: Config) -> bool:
     """Whether training.zero3_step has a part in it."""
     return config.zero.stage == 3 and config.zero.offload_optimizer == "none"
+
+
+def _alone(config: Config) -> bool:
+    """Whether one process trains."""
+    return config.train.micro_batch_size * config.train.gradient_accumulation_steps == config.train.global_batch_size
 
 
 class _ReadKeys(dict):

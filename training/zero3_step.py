@@ -24,23 +24,30 @@ def shorten_step(engine: deepspeed.DeepSpeedEngine, *, on_gpu_only: bool) -> Non
 
     on_gpu_only: no parameter waits on the host.
     """
-    zero = engine.optimizer
+    zero, parameters = engine.optimizer, list(engine.module.parameters())
     GradientBuckets(zero)
     take_flat_gradients(zero)
     keep_views(zero)
-    if on_gpu_only and all(p.ds_persist for p in engine.module.parameters()):
-        stay_gathered(engine)
+    staying = [p for p in parameters if p.ds_persist] if on_gpu_only else []
+    if len(staying) == len(parameters):
+        leave_modules_alone(engine)
+        release = lambda: None  # noqa: E731
     else:
-        release_late(zero)
-        drop_idle_hooks(zero)
+        drop_idle_hooks(zero, staying)
+        release = zero._partition_all_parameters
+    gather_at_call(engine.module, staying)
+    renew_late(zero, release, renewal(zero, staying))
 
 
-def _replace(owner: object, **functions: Callable) -> None:
+def _changed(what: str) -> RuntimeError:
+    return RuntimeError(f"DeepSpeed {deepspeed.__version__}: {what}, on which training/zero3_step.py relies; install the version in the constraints file")
+
+
+def _replace(zero: DeepSpeedZeroOptimizer_Stage3, **functions: Callable) -> None:
     for name, function in functions.items():
-        if not callable(getattr(owner, name, None)):
-            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} has no {type(owner).__name__}.{name}, in whose place training/zero3_step.py has its own; "
-                               "install the version in the constraints file")
-        setattr(owner, name, function)
+        if not callable(getattr(zero, name, None)):
+            raise _changed(f"its optimizer of stage 3 has no {name}")
+        setattr(zero, name, function)
 
 
 class GradientBuckets:
@@ -158,70 +165,91 @@ def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
     _replace(zero, _get_norm_groups=norms_of_groups, _prepare_fp32_grad_for_sub_group=hand_to_optimizer)
 
 
-def release_late(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """Within the step, gathered parameters are let go of once the GPU has the update to compute, which is of this rank's pieces alone.
-
-    DeepSpeed lets go of them first, when the GPU has nothing to do.
-    """
-    step, release, finish = zero.step, zero._partition_all_parameters, zero._post_step
-
-    def release_and_finish(timer_names: set[str]) -> None:
-        release()
-        finish(timer_names)
-
-    def step_and_release(closure: None = None) -> None:
-        zero._partition_all_parameters, zero._post_step = lambda: None, release_and_finish
-        try:
-            step()
-        finally:
-            del zero._partition_all_parameters, zero._post_step
-        if zero.overflow:  # the step ended early
-            release()
-
-    zero.step = step_and_release
+def keep_views(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """The rank's pieces of parameters are views of one flat tensor for good; DeepSpeed makes them anew every step."""
+    for flat, pieces in zip(zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups, strict=True):
+        starts = accumulate((piece.numel() for piece in pieces[:-1]), initial=0)
+        if any(piece.data_ptr() != flat[start:].data_ptr() for start, piece in zip(starts, pieces, strict=True)):
+            raise _changed("pieces of parameters are not side by side in one tensor")
+    _replace(zero, _unflatten_partitioned_parameters=lambda group: None)
 
 
-def drop_idle_hooks(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """No hooks around a module that has no parameter to gather: of its own, or for a leaf module of those inside of it."""
-    offload = zero.parameter_offload
-    idle = set()
-    for module in offload.module.modules():
-        parameters = module.parameters(recurse=deepspeed.utils.z3_leaf_module(module))
-        if all(p.ds_persist for p in parameters):
-            idle |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
-    for hooks in (offload.forward_hooks, offload.backward_hooks):
-        for hook in hooks:
-            if id(hook.hooks_dict_ref()) in idle:
-                hook.remove()
-
-
-def stay_gathered(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Where every parameter stays on every rank, none of what DeepSpeed does around modules is done; a step brings new values to the same place.
-
-    On one process a parameter is its own piece: it has them already. On more, one gather of all pieces of a sub-group and one kernel for all of
-    its parameters are in the place of a gather for each of them, for which the host then waits. What else lets go of parameters, such as a
-    checkpoint, may: they are gathered when the model is called.
-    """
-    zero, model = engine.optimizer, engine.module
-    offload, parameters = zero.parameter_offload, list(model.parameters())
-    offload._remove_module_hooks()
-    # Theirs are timers, which are off, and marks on every module for parameters used outside of theirs.
+def leave_modules_alone(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Where every parameter stays on every rank, none of what DeepSpeed does around modules is done."""
+    engine.optimizer.parameter_offload._remove_module_hooks()
+    # Theirs are clocks, which are off, and a mark on every module for parameters that are used outside of theirs.
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
-    for module in model.modules():
-        module._parameters = dict(module._parameters)  # DeepSpeed's kind looks at every parameter that it hands out
+    for module in engine.module.modules():
+        module._parameters = dict(module._parameters)  # DeepSpeed's kind of dict looks at every parameter that it hands out
+
+
+def drop_idle_hooks(zero: DeepSpeedZeroOptimizer_Stage3, staying: list[nn.Parameter]) -> None:
+    """No hooks around a module that has no parameter to gather: of its own, or for a leaf module of those inside of it."""
+    offload, gathered, idle = zero.parameter_offload, {id(p) for p in staying}, set()
+    for module in offload.module.modules():
+        if all(id(p) in gathered for p in module.parameters(recurse=deepspeed.utils.z3_leaf_module(module))):
+            idle |= {id(module._forward_pre_hooks), id(module._forward_hooks)}
+    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+        if id(hook.hooks_dict_ref()) in idle:
+            hook.remove()
+
+
+def gather_at_call(model: nn.Module, staying: list[nn.Parameter]) -> None:
+    """Whatever lets go of parameters that stay, such as deepspeed.zero.GatheredParameters, may: they are gathered when the model is called."""
 
     def gather_missing(*_) -> None:
-        missing = [p for p in parameters if p.ds_status != ZeroParamStatus.AVAILABLE]
+        missing = [p for p in staying if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
         if missing:
             missing[0].all_gather(missing)
 
-    gather_missing()
-    offload.fwd_pre_hook = model.register_forward_pre_hook(gather_missing)
+    model.register_forward_pre_hook(gather_missing)
+
+
+def renewal(zero: DeepSpeedZeroOptimizer_Stage3, staying: list[nn.Parameter]) -> Callable[[], None]:
+    """What brings every rank's pieces of parameters that stay gathered to all ranks.
+
+    One gather for all, and one kernel that puts them in their places. DeepSpeed gathers each by itself, into new memory, and has the host wait.
+    On one process a parameter is its own piece: nothing is to be done.
+    """
+    if not staying:
+        return lambda: None
+    staying[0].all_gather(staying)
+    process_group = zero._get_param_partition_group(staying[0])
+    world = dist.get_world_size(process_group)
+    if world == 1:
+        if any(p.data_ptr() != p.ds_tensor.data_ptr() for p in staying):
+            raise _changed("on one process a parameter is not its own piece")
+        return lambda: None
+    pieces = [p.partition_numel() for p in staying]
+    wholes = [p.data.new_empty(world, piece) for p, piece in zip(staying, pieces, strict=True)]
+    views = [whole.view(-1)[: p.ds_numel].view(p.ds_shape) for p, whole in zip(staying, wholes, strict=True)]
+
+    def renew() -> None:
+        mine = torch.cat([p.ds_tensor for p in staying])
+        everyones = mine.new_empty(world, len(mine))
+        dist.all_gather_into_tensor(everyones.view(-1), mine, group=process_group)
+        torch.split_with_sizes_copy(everyones, pieces, dim=1, out=wholes)
+        for parameter, view in zip(staying, views, strict=True):
+            if parameter.data_ptr() != view.data_ptr():  # DeepSpeed has let go of it, or gathered it elsewhere
+                parameter.data = view
+                parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    return torch.no_grad()(renew)
+
+
+def renew_late(zero: DeepSpeedZeroOptimizer_Stage3, release: Callable[[], None], renew: Callable[[], None]) -> None:
+    """Within the step, gathered parameters are let go of once the GPU has the update to compute, which is of this rank's pieces alone.
+
+    DeepSpeed lets go of them first, when the GPU has nothing to do.
+
+    release: lets go of them.
+    renew: gathers those that stay.
+    """
     step, finish = zero.step, zero._post_step
-    renew = _renewal(zero)
 
     def renew_and_finish(timer_names: set[str]) -> None:
+        release()
         renew()
         finish(timer_names)
 
@@ -231,43 +259,7 @@ def stay_gathered(engine: deepspeed.DeepSpeedEngine) -> None:
             step()
         finally:
             del zero._partition_all_parameters, zero._post_step
+        if zero.overflow:  # the step ended early
+            release()
 
     zero.step = step_and_renew
-
-
-def _renewal(zero: DeepSpeedZeroOptimizer_Stage3) -> Callable[[], None]:
-    """What brings every rank's new pieces into the gathered parameters."""
-    process_group = zero._get_param_partition_group(zero.fp16_groups[0][0])
-    world = dist.get_world_size(process_group)
-    if world == 1:
-        strangers = [p for group in zero.fp16_groups for p in group if p.data_ptr() != p.ds_tensor.data_ptr()]
-        if strangers:
-            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} copies parameters on one process, which training/zero3_step.py takes for their own pieces; "
-                               "install the version in the constraints file")
-        return lambda: None
-    pieces = [[p.partition_numel() for p in group] for group in zero.fp16_groups]
-    wholes = [[p.data.new_empty(world, piece) for p, piece in zip(group, its, strict=True)] for group, its in zip(zero.fp16_groups, pieces, strict=True)]
-    views = [[whole.view(-1)[: p.ds_numel].view(p.ds_shape) for p, whole in zip(group, its, strict=True)]
-             for group, its in zip(zero.fp16_groups, wholes, strict=True)]
-
-    def renew() -> None:
-        for group, flat, its, into, its_views in zip(zero.fp16_groups, zero.fp16_partitioned_groups_flat, pieces, wholes, views, strict=True):
-            everyones = flat.new_empty(world, len(flat))
-            dist.all_gather_into_tensor(everyones.view(-1), flat, group=process_group)
-            torch.split_with_sizes_copy(everyones, its, dim=1, out=into)
-            for parameter, view in zip(group, its_views, strict=True):
-                if parameter.data_ptr() != view.data_ptr():  # gathered by DeepSpeed meanwhile
-                    parameter.data = view
-
-    renew()
-    return renew
-
-
-def keep_views(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """The rank's pieces of parameters are views of one flat tensor for good; DeepSpeed makes them anew every step."""
-    for flat, pieces in zip(zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups, strict=True):
-        starts = accumulate((piece.numel() for piece in pieces[:-1]), initial=0)
-        if any(piece.data_ptr() != flat[start:].data_ptr() for start, piece in zip(starts, pieces, strict=True)):
-            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} has the pieces of parameters elsewhere than training/zero3_step.py expects them; "
-                               "install the version in the constraints file")
-    _replace(zero, _unflatten_partitioned_parameters=lambda group: None)
