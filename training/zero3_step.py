@@ -35,8 +35,9 @@ def shorten_step(engine: deepspeed.DeepSpeedEngine, *, on_gpu_only: bool) -> Non
     else:
         drop_idle_hooks(zero, staying)
         release = zero._partition_all_parameters
-    gather_at_call(engine.module, staying)
-    renew_late(zero, release, renewal(zero, staying))
+    if staying:
+        stay_gathered(engine, staying)
+    release_late(zero, release)
 
 
 def _changed(what: str) -> RuntimeError:
@@ -105,6 +106,8 @@ class GradientBuckets:
             self._sum(index)
         while self.under_way:
             self._take_back()
+        if self.zero.reduce_and_partition_stream is not None:  # where DeepSpeed looks for what is not finite, in fp16
+            self.zero.reduce_and_partition_stream.wait_stream(torch.cuda.current_stream())
         self._expect_all()
         self.zero._epilogue_ran_this_backward = True  # by which DeepSpeed counts micro batches
 
@@ -115,7 +118,7 @@ class GradientBuckets:
     @torch.no_grad()
     def _sum(self, index: int) -> None:
         bucket, pieces, zero = self.buckets[index], self.pieces[index], self.zero
-        gradients = [(torch.zeros(p.ds_shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad).view(-1) for p in bucket]
+        gradients = [(torch.zeros(p.ds_shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad).reshape(-1) for p in bucket]
         everyones = torch.empty(self.world, sum(pieces), dtype=zero.communication_data_type, device=gradients[0].device)
         torch._chunk_cat(gradients, 0, self.world, out=everyones)
         for parameter in bucket:
@@ -195,71 +198,66 @@ def drop_idle_hooks(zero: DeepSpeedZeroOptimizer_Stage3, staying: list[nn.Parame
             hook.remove()
 
 
-def gather_at_call(model: nn.Module, staying: list[nn.Parameter]) -> None:
-    """Whatever lets go of parameters that stay, such as deepspeed.zero.GatheredParameters, may: they are gathered when the model is called."""
+def stay_gathered(engine: deepspeed.DeepSpeedEngine, staying: list[nn.Parameter]) -> None:
+    """Every rank's pieces of parameters that stay come to all ranks by one gather for all, and one kernel that puts them in their places.
 
-    def gather_missing(*_) -> None:
-        missing = [p for p in staying if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-        if missing:
-            missing[0].all_gather(missing)
-
-    model.register_forward_pre_hook(gather_missing)
-
-
-def renewal(zero: DeepSpeedZeroOptimizer_Stage3, staying: list[nn.Parameter]) -> Callable[[], None]:
-    """What brings every rank's pieces of parameters that stay gathered to all ranks.
-
-    One gather for all, and one kernel that puts them in their places. DeepSpeed gathers each by itself, into new memory, and has the host wait.
-    On one process a parameter is its own piece: nothing is to be done.
+    DeepSpeed gathers each by itself, into new memory, after each step and checkpoint, and has the host wait. What else lets go of them, such as
+    deepspeed.zero.GatheredParameters, may: they are gathered again when the model is called.
     """
-    if not staying:
-        return lambda: None
-    staying[0].all_gather(staying)
+    zero = engine.optimizer
     process_group = zero._get_param_partition_group(staying[0])
     world = dist.get_world_size(process_group)
-    if world == 1:
-        if any(p.data_ptr() != p.ds_tensor.data_ptr() for p in staying):
-            raise _changed("on one process a parameter is not its own piece")
-        return lambda: None
     pieces = [p.partition_numel() for p in staying]
-    wholes = [p.data.new_empty(world, piece) for p, piece in zip(staying, pieces, strict=True)]
-    views = [whole.view(-1)[: p.ds_numel].view(p.ds_shape) for p, whole in zip(staying, wholes, strict=True)]
+    if world > 1:
+        wholes = [p.ds_tensor.new_empty(world, piece) for p, piece in zip(staying, pieces, strict=True)]
+        views = [whole.view(-1)[: p.ds_numel].view(p.ds_shape) for p, whole in zip(staying, wholes, strict=True)]
+    else:
+        views = [p.ds_tensor.view(p.ds_shape) for p in staying]  # each is its own piece, and has the new values already
 
+    @torch.no_grad()
     def renew() -> None:
-        mine = torch.cat([p.ds_tensor for p in staying])
-        everyones = mine.new_empty(world, len(mine))
-        dist.all_gather_into_tensor(everyones.view(-1), mine, group=process_group)
-        torch.split_with_sizes_copy(everyones, pieces, dim=1, out=wholes)
+        if world > 1:
+            mine = torch.cat([p.ds_tensor for p in staying])
+            everyones = mine.new_empty(world, len(mine))
+            dist.all_gather_into_tensor(everyones.view(-1), mine, group=process_group)
+            torch.split_with_sizes_copy(everyones, pieces, dim=1, out=wholes)
         for parameter, view in zip(staying, views, strict=True):
             if parameter.data_ptr() != view.data_ptr():  # DeepSpeed has let go of it, or gathered it elsewhere
-                parameter.data = view
-                parameter.ds_status = ZeroParamStatus.AVAILABLE
+                parameter.data, parameter.ds_status = view, ZeroParamStatus.AVAILABLE
 
-    return torch.no_grad()(renew)
+    def renew_missing(*_) -> None:
+        if any(p.ds_status == ZeroParamStatus.NOT_AVAILABLE for p in staying):
+            renew()
+
+    renew()
+    zero.persistent_parameters.clear()  # so that DeepSpeed gathers none after a step
+    _replace(zero, checkpoint_event_epilogue=renew, _post_step=_after(renew, zero._post_step))
+    engine.module.register_forward_pre_hook(renew_missing)
 
 
-def renew_late(zero: DeepSpeedZeroOptimizer_Stage3, release: Callable[[], None], renew: Callable[[], None]) -> None:
+def _after(first: Callable[[], None], then: Callable) -> Callable:
+    def both(*arguments) -> None:
+        first()
+        then(*arguments)
+
+    return both
+
+
+def release_late(zero: DeepSpeedZeroOptimizer_Stage3, release: Callable[[], None]) -> None:
     """Within the step, gathered parameters are let go of once the GPU has the update to compute, which is of this rank's pieces alone.
 
     DeepSpeed lets go of them first, when the GPU has nothing to do.
-
-    release: lets go of them.
-    renew: gathers those that stay.
     """
     step, finish = zero.step, zero._post_step
 
-    def renew_and_finish(timer_names: set[str]) -> None:
-        release()
-        renew()
-        finish(timer_names)
-
-    def step_and_renew(closure: None = None) -> None:
-        zero._partition_all_parameters, zero._post_step = lambda: None, renew_and_finish
+    def step_and_release(closure: None = None) -> None:
+        zero._partition_all_parameters, zero._post_step = lambda: None, _after(release, finish)
         try:
             step()
         finally:
-            del zero._partition_all_parameters, zero._post_step
+            del zero._partition_all_parameters
+            zero._post_step = finish
         if zero.overflow:  # the step ended early
             release()
 
-    zero.step = step_and_renew
+    zero.step = step_and_release
