@@ -53,6 +53,18 @@ def test_loss_is_normalised_by_the_targets_of_the_global_batch(seen):
         assert_same_training(run, seen["plain_ignored"])
 
 
+def test_a_parameter_without_a_part_in_a_loss_counts_with_zeros(seen):
+    """On one rank alone, and on all after a step in which it had one: nobody waits for its gradient, and no old one is added."""
+    for run in seen["without_a_part"].values():
+        assert_same_training(run, seen["without_a_part_plainly"])
+
+
+def test_parameters_that_stay_are_gathered_again_when_something_has_let_go_of_them(seen):
+    found = seen["let_go_of_between_steps"]
+    assert_same_training(found, seen["plain"])
+    assert found["hooks"] == 1, "nothing is done around modules but at the model's call"
+
+
 def test_bf16_agrees_over_the_stages_and_with_fp32(seen):
     for stage in "12":
         assert_same_training(seen["bf16"][stage], seen["bf16"]["3"])

@@ -149,7 +149,7 @@ def train_plainly(
 
 
 def grid() -> dict:
-    """checkpointing x stage x offload, over which backends and accumulation take turns; each checkpointing with Triton's kernels; stage x offload
+    """checkpointing x stage x offload, over which backends, accumulation and which parameters stay gathered take turns; each checkpointing with Triton's kernels; stage x offload
     in bf16 and fp16, over which checkpointing takes turns.  By name, with the settings."""
     cells, modes, turn = {}, list(CHECKPOINTING), itertools.count()
     places = [(stage, offload) for stage, offload in itertools.product(range(4), OFFLOAD) if not (stage == 0 and offload != "none" or stage < 3 and offload == "both")]
@@ -157,7 +157,8 @@ def grid() -> dict:
     def cell(precision: str, mode: str, stage: int, offload: str, backend: str, accumulation: int) -> None:
         torch.nn.functional.linear = LINEAR  # DeepSpeed's stage 3 replaces it for good, also where the next cell asks for PyTorch's
         settings = [f"train.precision={precision}", f"train.activation_checkpointing={mode.split()[0]}", f"zero.stage={stage}",
-                    f"attention.backend={backend}", f"train.gradient_accumulation_steps={accumulation}"]
+                    f"attention.backend={backend}", f"train.gradient_accumulation_steps={accumulation}",
+                    f"zero.persistence_threshold={(0, 1000, 100_000)[len(cells) // len(places) % 3]}"]  # all sharded; some; none
         cells[f"{precision}, {mode}, stage {stage}, {offload} offloaded, {backend}, {accumulation}"] = train(
             configure(*settings, *CHECKPOINTING[mode], *OFFLOAD[offload]))
 
@@ -183,14 +184,15 @@ def compiled() -> dict:
     inductor["graphs"] = {name: dict(counters[name]) for name in ("stats", "graph_break")}
     dropout = ["train.compile=true", "model.dropout=0.5", "attention.dropout=0.3"]
     inductor["dropout"] = {mode: train(configure(*by_inductor, "model.dropout=0.5", f"train.activation_checkpointing={mode}")) for mode in ("none", "full")}
-    left = parameters_left(configure(*by_inductor))
+    left = parameters_left(configure(*by_inductor, "zero.persistence_threshold=0"))
     by_aot_eager = torch.compile(compilation._run, fullgraph=True, dynamic=False, backend="aot_eager")
     compilation._compiled = lambda: by_aot_eager
     traced = {"fp32, full offloaded, sdpa": train(configure("train.compile=true", "attention.backend=sdpa", "train.activation_checkpointing=full",
                                                             "train.checkpoint_offload=true"))}
     for mode, (precision, stage) in zip(CHECKPOINTING, itertools.cycle([("fp32", 3), ("bf16", 3), ("fp16", 2), ("fp32", 1)])):  # noqa: B905
         backend = "triton" if mode == "selective and matmuls" else "sdpa"  # whose interpreter takes its time
-        settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.stage={stage}", f"attention.backend={backend}"]
+        settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.stage={stage}", f"attention.backend={backend}",
+                    "zero.persistence_threshold=0"]
         traced[f"{precision}, {mode}, {backend}"] = train(configure("train.compile=true", "train.gradient_accumulation_steps=2", *settings, *CHECKPOINTING[mode]))
     deepspeed_dropout = train(configure(*dropout, "train.activation_checkpointing=deepspeed"))
     plain_dropout = train(configure(*dropout))
@@ -235,6 +237,61 @@ def long_contexts() -> dict:
     plain = {"plain_row": [*FEATURES, *one_row, *shared], "plain_odd": odd, "plain_own_keys": own_keys}
     bf16 = train(configure("train.precision=bf16", *every, "attention.backend=sdpa"))
     return {"cells": found, "bf16": bf16, **{name: train_plainly(configure(*settings)) for name, settings in plain.items()}}
+
+
+def without_a_part(threshold: int) -> dict:
+    """Losses and gradient norms where the last block has no part in the second rank's loss, nor in any in the second step."""
+    config = configure(f"zero.persistence_threshold={threshold}")
+    engine, results = build_engine(config), []
+    block = engine.module.blocks[-1]
+    for step in range(STEPS):
+        if step == 1 or dist.get_rank() == 1:
+            block.forward = lambda x: x
+        results.append(train_step(engine, micro_batches(config, step), step, config))
+        vars(block).pop("forward", None)
+    engine.destroy()
+    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+
+
+def without_a_part_plainly() -> dict:
+    """The same on one process."""
+    config = configure()
+    torch.manual_seed(config.run.seed)
+    model, o = GPT(config.model, config.attention), config.optimizer
+    decayed, kept = parameter_groups(model)
+    adamw = torch.optim.AdamW([decayed | {"weight_decay": o.weight_decay}, kept | {"weight_decay": 0.0}], betas=tuple(o.betas), eps=o.eps)
+    found = {"losses": [], "grad_norms": []}
+    for step in range(STEPS):
+        for group in adamw.param_groups:
+            group["lr"] = learning_rate(step, config.train.steps, o)
+        loss = 0.0
+        for rank, (tokens, labels) in enumerate(zip(*(x.chunk(2) for x in global_batch(config, step)), strict=True)):
+            if step == 1 or rank == 1:
+                model.blocks[-1].forward = lambda x: x
+            loss += model(tokens, labels)
+            vars(model.blocks[-1]).pop("forward", None)
+        loss = loss / global_batch(config, step)[1].numel()
+        model.zero_grad(set_to_none=False)
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found["grad_norms"].append(torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip).item())
+        found["losses"].append(loss.item())
+        adamw.step()
+    return found
+
+
+def let_go_of_between_steps() -> dict:
+    """As ``train``, but that after each step all parameters are gathered and let go of again."""
+    config = configure()
+    engine, results = build_engine(config), []
+    for step in range(STEPS):
+        results.append(train_step(engine, micro_batches(config, step), step, config))
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            pass
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in engine.module.modules())
+    engine.destroy()
+    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results], "hooks": hooks}
 
 
 def muon() -> dict:
@@ -421,6 +478,11 @@ def main() -> None:
         "accumulated": {n: train(configure(f"train.gradient_accumulation_steps={n}", f"zero.stage={s}"), ignored=True) for n, s in ((1, 3), (4, 3), (2, 2))},
         "bf16": {stage: train(configure("train.precision=bf16", "attention.backend=sdpa", f"zero.stage={stage}")) for stage in range(4)},
         "long_contexts": long_contexts(),
+
+
+        "without_a_part": {threshold: without_a_part(threshold) for threshold in (0, 100_000)},
+        "without_a_part_plainly": without_a_part_plainly(),
+        "let_go_of_between_steps": let_go_of_between_steps(),
         "muon": muon(),
         "compiled": compiled(),
         "bf16_gradient_error": {f"{stage} {offload}": bf16_gradient_error(stage, *OFFLOAD[offload]) for stage in (1, 2, 3) for offload in ("none", "optimizer")},
