@@ -501,7 +501,8 @@ def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
     if not offload:
         # The ranks' gradients side by side, this one's sums, and those once more where they are converted.
         copied = communicated + (communicated + (state if state != communicated else 0)) / processes
-        step["workspace"] = _muon_step(config, parameters, share)
+        renewal = ceil(small * (1 + 1 / processes))  # all pieces of what stays, and this rank's once more, on their way to their places
+        step["workspace"] = max(renewal, _muon_step(config, parameters, share))
         in_place = _in_place(config, parameters)
         return _States(always | states | {"parameters": e * share}, 0, 0, step, more, in_place=in_place, copied=copied)
     large = [n for n in parameters.each if n > zero.reduce_bucket_size]

@@ -5,7 +5,6 @@ of DeepSpeed's that is no longer there is a RuntimeError when the engine is buil
 """
 
 import math
-from collections import deque
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 
@@ -15,9 +14,6 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
-
-SUMS_UNDER_WAY = 2  # buckets whose sums over the ranks may be under way while the backward pass goes on; each holds its memory
-
 
 def shorten_step(engine: deepspeed.DeepSpeedEngine, *, on_gpu_only: bool) -> None:
     """Have DeepSpeed's engine with stage 3, without offload of the optimizer, do as the functions below say.
@@ -58,7 +54,7 @@ class GradientBuckets:
     stream wait for another, cut it, convert it, add it, mark it for the allocator). What is in a bucket is settled beforehand, from the last
     parameter to the first, and buckets are summed in that order, so that no rank waits for another's whatever order gradients come in, and a
     parameter that had no part in a rank's loss counts with zeros. One kernel lays a bucket's gradients out for the ranks and converts them;
-    one divides this rank's sums, one adds them. The host waits for none of it.
+    one divides this rank's sums, one adds them. One bucket at a time is under way; the host waits for none.
     """
 
     def __init__(self, zero: DeepSpeedZeroOptimizer_Stage3):
@@ -66,7 +62,7 @@ class GradientBuckets:
         parameters = sorted((p for group in zero.fp16_groups for p in group if p.requires_grad), key=lambda p: p.ds_id, reverse=True)
         self.group = zero._get_param_partition_group(parameters[0])
         self.world = dist.get_world_size(self.group)
-        partitions = getattr(zero, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition")
+        partitions = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         self.buckets: list[list[nn.Parameter]] = []
         elements = zero.reduce_bucket_size
         for parameter in parameters:
@@ -77,7 +73,7 @@ class GradientBuckets:
             elements += parameter.ds_numel
         self.pieces = [[math.ceil(p.ds_numel / self.world) for p in bucket] for bucket in self.buckets]  # DeepSpeed's
         self.sums = [[partitions[p.ds_id] for p in bucket] for bucket in self.buckets]
-        self.under_way: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self.under_way: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._expect_all()
         for hook in (*zero._grad_acc_hooks, *zero._leaf_module_hooks):
             hook.remove()
@@ -91,12 +87,12 @@ class GradientBuckets:
 
     def _arrived(self, index: int) -> Callable[[nn.Parameter], None]:
         def arrived(parameter: nn.Parameter) -> None:
-            missing = self.missing
-            missing[index] -= 1
-            if missing[index] == 0 and index == self.next:
-                while self.next < len(missing) and missing[self.next] <= 0:
-                    self._sum(self.next)
-                    self.next += 1
+            self.missing[index] -= 1
+            if self.missing[index] < 0:
+                raise RuntimeError("a parameter had a gradient twice in one backward pass: checkpointed modules must not share parameters")
+            while self.next < len(self.missing) and self.missing[self.next] == 0:
+                self._sum(self.next)
+                self.next += 1
 
         return arrived
 
@@ -104,19 +100,21 @@ class GradientBuckets:
         """After a backward pass: what is left, for the stream that goes on to have."""
         for index in range(self.next, len(self.buckets)):
             self._sum(index)
-        while self.under_way:
-            self._take_back()
+        self._take_back()
         if self.zero.reduce_and_partition_stream is not None:  # where DeepSpeed looks for what is not finite, in fp16
             self.zero.reduce_and_partition_stream.wait_stream(torch.cuda.current_stream())
         self._expect_all()
         self.zero._epilogue_ran_this_backward = True  # by which DeepSpeed counts micro batches
 
     def _take_back(self) -> None:
-        _, done = self.under_way.popleft()
-        torch.cuda.current_stream().wait_event(done)  # the memory is free for what this stream does next
+        """The memory of the bucket whose sums are under way, for what this stream does next."""
+        if self.under_way is not None:
+            torch.cuda.current_stream().wait_event(self.under_way[1])
+            self.under_way = None
 
     @torch.no_grad()
     def _sum(self, index: int) -> None:
+        self._take_back()  # one at a time: its sums have had the time in which this bucket filled
         bucket, pieces, zero = self.buckets[index], self.pieces[index], self.zero
         gradients = [(torch.zeros(p.ds_shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad).reshape(-1) for p in bucket]
         everyones = torch.empty(self.world, sum(pieces), dtype=zero.communication_data_type, device=gradients[0].device)
@@ -125,14 +123,12 @@ class GradientBuckets:
             parameter.grad = None
         if self.world == 1 or not everyones.is_cuda:
             return self._add(index, everyones)
-        while len(self.under_way) >= SUMS_UNDER_WAY:
-            self._take_back()
         stream, done = zero.reduce_and_partition_stream, torch.cuda.Event()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._add(index, everyones)
             done.record()
-        self.under_way.append((everyones, done))
+        self.under_way = everyones, done
 
     def _add(self, index: int, everyones: torch.Tensor) -> None:
         mine = everyones[0]
