@@ -32,6 +32,7 @@ from training.activations import (
     loss_forward,
     rotating_forward,
 )
+from training.buckets import plan_buckets
 from training.compositions import faults
 from training.config import Config
 from training.distributed import LoneFault, UserFault
@@ -226,11 +227,13 @@ class Estimate:
 class _Waiting:
     """A stretch of the backward pass, a block or what is in none, whose gradients wait where they are until they fill a bucket.
 
-    elements: at most, once the stretch's own are there. reduced: (waiting, in the bucket) at each reduction, in elements.
+    In elements. elements: at most, once the stretch's own are there. reduced: (waiting, in the bucket) at each reduction. under_way: of the
+    bucket before, whose sums may not be there yet.
     """
 
     elements: int
     reduced: tuple[tuple[int, int], ...]
+    under_way: int
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ class _States:
     waiting: of a block's gradients until they are in a bucket. whole_gradients: whether all blocks' wait, to the end of the backward pass.
     sums: in the backward pass from the first reduction on. between: from one micro batch to the next; sums_apart: whether the next one's
     sums are collected beside those. in_place: of gradients that wait in place of that, block by block; copied: bytes an element for a
-    reduction of them.
+    reduction of them; laid_out: and until the next.
     """
 
     always: dict[str, int]
@@ -256,6 +259,7 @@ class _States:
     between: dict[str, int] = field(default_factory=dict)
     in_place: tuple[_Waiting, ...] = ()
     copied: float = 0.0
+    laid_out: int = 0
 
 
 def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPACE) -> Estimate:
@@ -307,14 +311,16 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
     if states.in_place:
         of_head, *_, of_embeddings = states.in_place
         moments += reductions("of the head", of_head, 0, sum(kept)) + reductions("of the embeddings", of_embeddings, 0, 0)
-        gradients = {"gradients": head_gradient + e * of_embeddings.elements, "gradients of activations": shape.stream}
+        gradients = {"gradients": head_gradient + e * of_embeddings.elements, "gradients of activations": shape.stream,
+                     "buckets": states.laid_out * of_embeddings.under_way}
         moments.append(moment("backward pass of the embeddings", gradients))
     for i in range(layers):
         before = sum(kept[:i])
         which = f"of block {i + 1} of {layers}"
         if states.in_place:
-            waiting = e * states.in_place[layers - i].elements
+            waiting, laid_out = e * states.in_place[layers - i].elements, states.laid_out * states.in_place[layers - i].under_way
         else:
+            laid_out = 0
             waiting = states.waiting * (layers - i) if states.whole_gradients and not between else states.waiting
         gradients = {"gradients": head_gradient + waiting + between.get("gradients", 0)}
         backward = {
@@ -326,7 +332,7 @@ def estimate(config: Config, processes: int, *, workspace: int = CUBLAS_WORKSPAC
         # What a process keeps of the sums is allocated with the first reduction, and that takes place when a bucket is full.
         reduced = states.sums > 0 and done > config.zero.reduce_bucket_size
         sums = {"gradients": states.sums if reduced and (states.sums_apart or not between) else 0}
-        within = {"buckets": states.reduction if reduced else 0}  # in the midst of a block, a parameter at a time
+        within = {"buckets": states.reduction if reduced else laid_out}  # in the midst of a block, a parameter at a time
         moments.append(moment(f"backward pass {which}", states.backward, sums, within, gradients, backward))
         if config.attention.backend == STANDARD:
             moments.append(moment(f"forward pass {which}", {"activations": before, "attention's scores": eager_forward(shape)}))
@@ -504,7 +510,8 @@ def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
         renewal = ceil(small * (1 + 1 / processes))  # all pieces of what stays, and this rank's once more, on their way to their places
         step["workspace"] = max(renewal, _muon_step(config, parameters, share))
         in_place = _in_place(config, parameters)
-        return _States(always | states | {"parameters": e * share}, 0, 0, step, more, in_place=in_place, copied=copied)
+        return _States(always | states | {"parameters": e * share}, 0, 0, step, more, in_place=in_place, copied=copied,
+                       laid_out=communicated if processes > 1 else 0)
     large = [n for n in parameters.each if n > zero.reduce_bucket_size]
     collected = min(zero.reduce_bucket_size, parameters.total)
     reduction = max(communicated * collected, (communicated if communicated != e else 0) * max(large, default=0))
@@ -516,20 +523,19 @@ def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
 
 def _in_place(config: Config, parameters: Parameters) -> tuple[_Waiting, ...]:
     """Of the head and the final norm, of each block from the last to the first, and of the embeddings, as the backward pass meets them."""
-    first = parameters.outside[: len(parameters.embeddings) - 1 : -1]
-    stretches = [first, *[parameters.block] * parameters.layers, parameters.embeddings[::-1]]
-    filled, found = 0, []
-    for number, lengths in enumerate(stretches, start=1):
-        there = waiting = filled + sum(lengths)
-        reduced = []
-        for length in lengths:
-            if filled and filled + length > config.zero.reduce_bucket_size:
-                reduced.append((waiting, filled))
-                waiting, filled = waiting - filled, 0
-            filled += length
-        if number == len(stretches):
-            reduced.append((waiting, filled))
-        found.append(_Waiting(there, tuple(reduced)))
+    first, last = ([(n,) for n in reversed(some)] for some in (parameters.outside[len(parameters.embeddings) :], parameters.embeddings))
+    stretches = [first, *[[parameters.block[::-1]]] * parameters.layers, last]
+    lengths = [n for modules in stretches for module in modules for n in module]
+    due = iter(plan_buckets([module for modules in stretches for module in modules], config.zero.reduce_bucket_size))
+    waiting, summed, found = 0, 0, []
+    for modules in stretches:
+        before, there = summed, waiting + sum(map(sum, modules))
+        waiting, reduced = there, []
+        for bucket in (bucket for _ in modules for bucket in next(due)):
+            summed = sum(lengths[bucket.start : bucket.stop])
+            reduced.append((waiting, summed))
+            waiting -= summed
+        found.append(_Waiting(there, tuple(reduced), before))
     return tuple(found)
 
 

@@ -7,6 +7,7 @@ of DeepSpeed's that is no longer there is a RuntimeError when the engine is buil
 import math
 from collections.abc import Callable
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
+
+from training.buckets import plan_buckets
+
 
 def shorten_step(engine: deepspeed.DeepSpeedEngine, *, on_gpu_only: bool) -> None:
     """Have DeepSpeed's engine with stage 3, without offload of the optimizer, do as the functions below say.
@@ -40,11 +44,19 @@ def _changed(what: str) -> RuntimeError:
     return RuntimeError(f"DeepSpeed {deepspeed.__version__}: {what}, on which training/zero3_step.py relies; install the version in the constraints file")
 
 
-def _replace(zero: DeepSpeedZeroOptimizer_Stage3, **functions: Callable) -> None:
+def _replace(part: object, **functions: Callable) -> None:
     for name, function in functions.items():
-        if not callable(getattr(zero, name, None)):
-            raise _changed(f"its optimizer of stage 3 has no {name}")
-        setattr(zero, name, function)
+        if not callable(getattr(part, name, None)):
+            raise _changed(f"its {type(part).__name__} has no {name}")
+        setattr(part, name, function)
+
+
+class Bucket(NamedTuple):
+    """Gradients that are summed over the ranks together. pieces: elements of this rank's share of each; sums: where those are added up."""
+
+    parameters: list[nn.Parameter]
+    pieces: list[int]
+    sums: list[torch.Tensor]
 
 
 class GradientBuckets:
@@ -53,8 +65,13 @@ class GradientBuckets:
     In the place of DeepSpeed's hooks: of those around each leaf module and of what they do with each gradient on its own (copy it, have one
     stream wait for another, cut it, convert it, add it, mark it for the allocator). What is in a bucket is settled beforehand, from the last
     parameter to the first, and buckets are summed in that order, so that no rank waits for another's whatever order gradients come in, and a
-    parameter that had no part in a rank's loss counts with zeros. One kernel lays a bucket's gradients out for the ranks and converts them;
-    one divides this rank's sums, one adds them. One bucket at a time is under way; the host waits for none.
+    parameter that had no part in a rank's loss counts with zeros. A leaf module's are summed when all of them are there: then its
+    activations no longer are. One kernel lays a bucket's gradients out for the ranks and converts them; one divides this rank's sums, one
+    adds them. One bucket at a time is under way; the host waits for none.
+
+    On a GPU gradients are of the stream on which the backward pass computes, and are laid out there, into ``under_way``. DeepSpeed's stream for
+    sums waits for that; what it allocates and writes besides, up to the sums in the flat buffer, is of itself alone. The first waits for the
+    second before ``under_way`` is let go of, and at the end of the backward pass for the last sums.
     """
 
     def __init__(self, zero: DeepSpeedZeroOptimizer_Stage3):
@@ -63,43 +80,57 @@ class GradientBuckets:
         self.group = zero._get_param_partition_group(parameters[0])
         self.world = dist.get_world_size(self.group)
         partitions = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        self.buckets: list[list[nn.Parameter]] = []
-        elements = zero.reduce_bucket_size
+        of_leaf: dict[object, list[nn.Parameter]] = {}  # or of a parameter that is in none, alone
         for parameter in parameters:
-            if elements + parameter.ds_numel > zero.reduce_bucket_size:
-                self.buckets.append([])
-                elements = 0
-            self.buckets[-1].append(parameter)
-            elements += parameter.ds_numel
-        self.pieces = [[math.ceil(p.ds_numel / self.world) for p in bucket] for bucket in self.buckets]  # DeepSpeed's
-        self.sums = [[partitions[p.ds_id] for p in bucket] for bucket in self.buckets]
-        self.under_way: tuple[torch.Tensor, torch.cuda.Event] | None = None
+            of_leaf.setdefault(id(getattr(parameter, "ds_z3_leaf_module", parameter)), []).append(parameter)
+        self.number = {leaf: number for number, leaf in enumerate(of_leaf)}
+        modules = list(of_leaf.values())
+
+        def bucket(places: range) -> Bucket:
+            of_it = parameters[places.start : places.stop]
+            return Bucket(of_it, [math.ceil(p.ds_numel / self.world) for p in of_it], [partitions[p.ds_id] for p in of_it])  # cut as by DeepSpeed
+
+        planned = plan_buckets([[p.ds_numel for p in module] for module in modules], zero.reduce_bucket_size)
+        self.due = [[bucket(places) for places in of_module] for of_module in planned]  # module by module
+        self.sizes = [len(module) for module in modules]
+        self.under_way: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
         self._expect_all()
         for hook in (*zero._grad_acc_hooks, *zero._leaf_module_hooks):
             hook.remove()
         zero._leaf_module_hooks.clear()
-        zero._grad_acc_hooks[:] = [parameter.register_post_accumulate_grad_hook(self._arrived(index))
-                                   for index, bucket in enumerate(self.buckets) for parameter in bucket]
+        zero._grad_acc_hooks[:] = [parameter.register_post_accumulate_grad_hook(self._arrived(number))
+                                   for number, module in enumerate(modules) for parameter in module]
         _replace(zero, overlapping_partition_gradients_reduce_epilogue=self.finish)
+        offload = zero.parameter_offload
+        _replace(offload, post_sub_module_backward_function=_after(self._end_of_module, offload.post_sub_module_backward_function))
 
     def _expect_all(self) -> None:
-        self.next, self.missing = 0, [len(bucket) for bucket in self.buckets]
+        self.next, self.missing = 0, list(self.sizes)
 
-    def _arrived(self, index: int) -> Callable[[nn.Parameter], None]:
+    def _arrived(self, number: int) -> Callable[[nn.Parameter], None]:
         def arrived(parameter: nn.Parameter) -> None:
-            self.missing[index] -= 1
-            if self.missing[index] < 0:
-                raise RuntimeError("a parameter had a gradient twice in one backward pass: checkpointed modules must not share parameters")
+            self.missing[number] -= 1
+            if number < self.next or self.missing[number] < 0:
+                raise RuntimeError("a parameter had a gradient after those of its module: ZeRO-3's leaf modules and checkpointed ones must not share parameters")
             while self.next < len(self.missing) and self.missing[self.next] == 0:
-                self._sum(self.next)
-                self.next += 1
+                self._sum_next()
 
         return arrived
 
+    def _end_of_module(self, module: nn.Module) -> None:
+        """Where a leaf module's backward pass ends no more gradients come: on all ranks its sums are before the gathers for the next one."""
+        while self.next <= self.number.get(id(module), -1):
+            self._sum_next()
+
+    def _sum_next(self) -> None:
+        for bucket in self.due[self.next]:
+            self._sum(bucket)
+        self.next += 1
+
     def finish(self) -> None:
         """After a backward pass: what is left, for the stream that goes on to have."""
-        for index in range(self.next, len(self.buckets)):
-            self._sum(index)
+        while self.next < len(self.due):
+            self._sum_next()
         self._take_back()
         if self.zero.reduce_and_partition_stream is not None:  # where DeepSpeed looks for what is not finite, in fp16
             self.zero.reduce_and_partition_stream.wait_stream(torch.cuda.current_stream())
@@ -108,36 +139,40 @@ class GradientBuckets:
 
     def _take_back(self) -> None:
         """The memory of the bucket whose sums are under way, for what this stream does next."""
-        if self.under_way is not None:
+        if self.under_way is not None and self.under_way[1] is not None:
             torch.cuda.current_stream().wait_event(self.under_way[1])
-            self.under_way = None
+        self.under_way = None
 
     @torch.no_grad()
-    def _sum(self, index: int) -> None:
+    def _sum(self, bucket: Bucket) -> None:
         self._take_back()  # one at a time: its sums have had the time in which this bucket filled
-        bucket, pieces, zero = self.buckets[index], self.pieces[index], self.zero
-        gradients = [(torch.zeros(p.ds_shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad).reshape(-1) for p in bucket]
-        everyones = torch.empty(self.world, sum(pieces), dtype=zero.communication_data_type, device=gradients[0].device)
+        zero = self.zero
+        gradients = [(torch.zeros(p.ds_shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad).reshape(-1) for p in bucket.parameters]
+        everyones = torch.empty(self.world, sum(bucket.pieces), dtype=zero.communication_data_type, device=gradients[0].device)
         torch._chunk_cat(gradients, 0, self.world, out=everyones)
-        for parameter in bucket:
+        for parameter in bucket.parameters:
             parameter.grad = None
-        if self.world == 1 or not everyones.is_cuda:
-            return self._add(index, everyones)
-        stream, done = zero.reduce_and_partition_stream, torch.cuda.Event()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._add(index, everyones)
-            done.record()
-        self.under_way = everyones, done
+        if self.world == 1:
+            self._add(bucket, everyones)
+        elif not everyones.is_cuda:
+            self._add(bucket, everyones)
+            self.under_way = everyones, None  # as on a GPU, so that memory there can be followed here
+        else:
+            stream, done = zero.reduce_and_partition_stream, torch.cuda.Event()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._add(bucket, everyones)
+                done.record()
+            self.under_way = everyones, done
 
-    def _add(self, index: int, everyones: torch.Tensor) -> None:
+    def _add(self, bucket: Bucket, everyones: torch.Tensor) -> None:
         mine = everyones[0]
         if self.world > 1:
             mine = torch.empty_like(mine)
             dist.reduce_scatter_tensor(mine, everyones.view(-1), group=self.group)
             mine = mine.to(self.zero.gradient_accumulation_dtype).div_(self.world)
         add = torch._foreach_copy_ if self.zero.micro_step_id == 0 else torch._foreach_add_
-        add(self.sums[index], mine.to(self.zero.gradient_accumulation_dtype).split(self.pieces[index]))
+        add(bucket.sums, mine.to(self.zero.gradient_accumulation_dtype).split(bucket.pieces))
 
 
 def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
@@ -227,13 +262,13 @@ def stay_gathered(engine: deepspeed.DeepSpeedEngine, staying: list[nn.Parameter]
 
     renew()
     zero.persistent_parameters.clear()  # so that DeepSpeed gathers none after a step
-    _replace(zero, checkpoint_event_epilogue=renew, _post_step=_after(renew, zero._post_step))
+    _replace(zero, checkpoint_event_epilogue=renew, _post_step=_after(lambda _: renew(), zero._post_step))
     engine.module.register_forward_pre_hook(renew_missing)
 
 
-def _after(first: Callable[[], None], then: Callable) -> Callable:
+def _after(first: Callable, then: Callable) -> Callable:
     def both(*arguments) -> None:
-        first()
+        first(*arguments)
         then(*arguments)
 
     return both
@@ -247,7 +282,7 @@ def release_late(zero: DeepSpeedZeroOptimizer_Stage3, release: Callable[[], None
     step, finish = zero.step, zero._post_step
 
     def step_and_release(closure: None = None) -> None:
-        zero._partition_all_parameters, zero._post_step = lambda: None, _after(release, finish)
+        zero._partition_all_parameters, zero._post_step = lambda: None, _after(lambda _: release(), finish)
         try:
             step()
         finally:
