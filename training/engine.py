@@ -132,8 +132,9 @@ def _shortened(config: Config) -> bool:
 
 
 def _alone(config: Config) -> bool:
-    """Whether one process trains."""
-    return config.train.micro_batch_size * config.train.gradient_accumulation_steps == config.train.global_batch_size
+    """Whether one process trains: it alone has all of the global batch, and shares no sequence."""
+    train = config.train
+    return train.micro_batch_size * train.gradient_accumulation_steps == train.global_batch_size * config.parallel.sequence
 
 
 class _ReadKeys(dict):

@@ -24,6 +24,13 @@ def shorten_step(engine: deepspeed.DeepSpeedEngine, *, on_gpu_only: bool) -> Non
 
     on_gpu_only: no parameter waits on the host.
     """
+    try:
+        _shorten(engine, on_gpu_only)
+    except AttributeError as fault:
+        raise _changed(str(fault)) from fault
+
+
+def _shorten(engine: deepspeed.DeepSpeedEngine, on_gpu_only: bool) -> None:
     zero, parameters = engine.optimizer, list(engine.module.parameters())
     GradientBuckets(zero)
     take_flat_gradients(zero)
@@ -41,13 +48,12 @@ def shorten_step(engine: deepspeed.DeepSpeedEngine, *, on_gpu_only: bool) -> Non
 
 
 def _changed(what: str) -> RuntimeError:
-    return RuntimeError(f"DeepSpeed {deepspeed.__version__}: {what}, on which training/zero3_step.py relies; install the version in the constraints file")
+    return RuntimeError(f"DeepSpeed {deepspeed.__version__} is not what training/zero3_step.py relies on ({what}); install the version in the constraints file")
 
 
 def _replace(part: object, **functions: Callable) -> None:
     for name, function in functions.items():
-        if not callable(getattr(part, name, None)):
-            raise _changed(f"its {type(part).__name__} has no {name}")
+        getattr(part, name)  # what is no longer there nobody would call
         setattr(part, name, function)
 
 
