@@ -44,6 +44,7 @@ def _shorten(engine: deepspeed.DeepSpeedEngine, on_gpu_only: bool) -> None:
         release = zero._partition_all_parameters
     if staying:
         stay_gathered(engine, staying)
+    gather_after_writing(zero)
     release_late(zero, release)
 
 
@@ -278,6 +279,22 @@ def _after(first: Callable, then: Callable) -> Callable:
         then(*arguments)
 
     return both
+
+
+def gather_after_writing(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """DeepSpeed's stream for gathers waits until this rank's pieces are written: by a step, by a checkpoint that is loaded, before training.
+
+    By itself it waits for nothing: it is the host that does, for DeepSpeed's clock and for the parameters that stay, of which neither is left.
+    """
+    stream = zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
+    if stream is None:  # on a CPU
+        return
+
+    def follow(*_) -> None:
+        stream.wait_stream(torch.cuda.current_stream())
+
+    follow()
+    _replace(zero, _post_step=_after(follow, zero._post_step), checkpoint_event_epilogue=_after(follow, zero.checkpoint_event_epilogue))
 
 
 def release_late(zero: DeepSpeedZeroOptimizer_Stage3, release: Callable[[], None]) -> None:

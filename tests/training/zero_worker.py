@@ -251,7 +251,7 @@ def without_a_part(threshold: int) -> dict:
         results.append(train_step(engine, micro_batches(config, step), step, config))
         vars(block).pop("forward", None)
     engine.destroy()
-    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results]}
+    return {"losses": [float(r.loss) for r in results], "grad_norms": [float(r.grad_norm) for r in results]}
 
 
 def without_a_part_plainly() -> dict:
@@ -292,7 +292,7 @@ def let_go_of_between_steps() -> dict:
             pass
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in engine.module.modules())
     engine.destroy()
-    return {"losses": [r.loss for r in results], "grad_norms": [r.grad_norm for r in results], "hooks": hooks}
+    return {"losses": [float(r.loss) for r in results], "grad_norms": [float(r.grad_norm) for r in results], "hooks": hooks}
 
 
 def muon() -> dict:
