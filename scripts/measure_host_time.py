@@ -14,7 +14,7 @@ GPU would wait for. Nothing is compiled. What streams and events of a GPU cost t
     ours_stays       every parameter stays on every process, as in configs/gpt2-124m.yaml; with one process the three are one
 
 Time is that of rank 0's main thread on its core, in microseconds, the median of --steps: `forward` and `backward` of a micro batch, and
-`rest` of a step beside those of its micro batches. The run is added to the list in the file --out.
+`rest` of a step beside those of its micro batches. The run is added to the list in the file --out, under --label.
 """
 
 import argparse
@@ -133,6 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contenders", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, default=60, help="that are timed")
+    parser.add_argument("--label", help="what of, such as a change")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/host_time.json")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -145,7 +146,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"{contender:12}" + "".join(f"  {part} {us:6,}" for part, us in rows[contender].items()), flush=True)
     if dist.get_rank() == 0:
-        run = {"environment": collect_environment(), "processes": dist.get_world_size(), "steps": options.steps, "microseconds": rows}
+        run = {"label": options.label, "environment": collect_environment(), "processes": dist.get_world_size(), "steps": options.steps, "microseconds": rows}
         before = json.loads(options.out.read_text()) if options.out.exists() else []
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out, json.dumps([*before, run], indent=1) + "\n")

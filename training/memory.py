@@ -139,10 +139,11 @@ class Parameters:
 
 
 @cache
-def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshold: int) -> tuple[int, int]:
-    """Elements that stage 3 has gathered at the loss, forward and backward.
+def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshold: int, *, all_hooks: bool) -> tuple[int, int]:
+    """Elements that stage 3 has gathered at the loss, forward, and backward once the last block's are there too.
 
-    distance, prefetch, threshold: zero.reuse_distance, prefetch_bucket_size and persistence_threshold.
+    distance, prefetch, threshold: zero.reuse_distance, prefetch_bucket_size and persistence_threshold. all_hooks: whether modules that have
+    nothing to gather are in DeepSpeed's order too; ``training.zero3_step`` takes them out.
 
     As DeepSpeed goes through modules (partitioned_param_coordinator.py): before each it gathers ahead what is not there yet, and after each
     it lets go of what is not used again within the distance, unless gathering ahead has passed over the next use because it was there.
@@ -158,6 +159,8 @@ def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshol
     forward = [model, *embeddings, dropout, *blocks, norm, head]
     order = [*forward, model, head, norm, *reversed(blocks), dropout, *reversed(embeddings)]
     small = {p for p, size in enumerate(sizes) if size < threshold}
+    if not all_hooks:
+        order = [module for module in order if module is head or set(module) - small]
     there, passed, in_flight, copied = set(small), {}, {}, set()
     queue = deque((p, step) for step, module in enumerate(order) for p in module)
 
@@ -173,7 +176,7 @@ def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshol
         return False
 
     found = []
-    for step, module in enumerate(order[: len(forward) + 2], start=1):
+    for step, module in enumerate(order, start=1):
         there |= set(module)
         copied |= {in_flight.pop(p) for p in module if p in in_flight}
         awaited = {p for p in module if passed.get(p, 0) < step}
@@ -191,12 +194,14 @@ def kept_gathered(parameters: Parameters, distance: int, prefetch: int, threshol
                 ahead += sizes[p]
         there |= together
         in_flight |= dict.fromkeys(together, (step, frozenset(together)))
-        if module is head:
+        if module is head or len(found) == 2 and module is blocks[-1]:
             buffers = copied & set(in_flight.values())
             found.append(sum(sizes[p] for p in there) + sum(sizes[p] for _, each in buffers for p in each))
+        if len(found) == 3:
+            break
         there -= {p for p in module if p not in small and passed[p] <= step + 1 and not stays(p, module in blocks, step)}
-    at_loss, at_gradient = found
-    return at_loss, at_gradient
+    at_loss, *backward = found
+    return at_loss, max(backward)
 
 
 @dataclass(frozen=True)
@@ -498,7 +503,7 @@ def _stage_3(config: Config, parameters: Parameters, processes: int) -> _States:
     share = parameters.shard(processes)
     offload, on_host = zero.offload_optimizer == "cpu", zero.offload_parameters == "cpu"
     ways = (zero.reuse_distance, zero.prefetch_bucket_size, zero.persistence_threshold)
-    at_loss, at_gradient = kept_gathered(parameters, *ways) if processes > 1 or on_host else (0, 0)
+    at_loss, at_gradient = kept_gathered(parameters, *ways, all_hooks=offload) if processes > 1 or on_host else (0, 0)
     gathered, more = e * at_loss, {"gathered parameters": e * (at_gradient - at_loss)}
     # Gathered parameters are let go before the step, all but the small ones.
     small = e * sum(n for n in parameters.each if n < zero.persistence_threshold) if gathered else 0
