@@ -1,10 +1,10 @@
-"""Host time of a training step: ours under ZeRO-3, and beside it the same GPT under FSDP2 and on its own. On CPUs, for which it needs no GPU.
+"""Host time of a training step, on CPUs: ours under ZeRO-3, and beside it the same GPT under FSDP2 and on its own.
 
     torchrun --nproc-per-node 1 scripts/measure_host_time.py
     torchrun --nproc-per-node 2 scripts/measure_host_time.py --contenders ours_stays fsdp2 --steps 100
 
-12 layers 32 wide, one sequence of 16 tokens a micro batch, 4 micro batches a step: arithmetic is next to nothing, and what is left is what a
-GPU would wait for. Nothing is compiled. What streams and events of a GPU cost the host is not in it.
+12 layers 32 wide, one sequence of 16 tokens a micro batch, 4 micro batches a step: arithmetic is next to nothing, and what is left is what
+a GPU would wait for. Nothing is compiled. What streams and events of a GPU cost the host is not in it.
 
     plain            no process group, parameters in bf16
     fsdp2            scripts/training_peers.py's, each block gathered before its forward and again before its backward pass
@@ -43,9 +43,9 @@ from training.tracking import collect_environment  # noqa: E402
 
 MICRO_BATCHES, WARMUP = 4, 12
 LINEAR = torch.nn.functional.linear
-TINY = ["model.layers=12", "model.hidden_size=32", "model.heads=2", "model.vocab_size=64", "model.sequence_length=16", "train.micro_batch_size=1",
-        f"train.gradient_accumulation_steps={MICRO_BATCHES}", "train.global_batch_size=null", "train.compile=false", "attention.backend=sdpa",
-        "train.steps=100000"]  # fmt: skip
+TINY = ["model.layers=12", "model.hidden_size=32", "model.heads=2", "model.vocab_size=64", "model.sequence_length=16",
+        "train.micro_batch_size=1", f"train.gradient_accumulation_steps={MICRO_BATCHES}", "train.global_batch_size=null",
+        "train.compile=false", "attention.backend=sdpa", "train.steps=100000"]  # fmt: skip
 BLOCK = 12 * 32**2 + 13 * 32  # parameters
 SETTINGS = {
     "plain": [], "fsdp2": [], "fsdp2_keeps": [],
@@ -146,10 +146,10 @@ def main() -> None:
         if dist.get_rank() == 0:
             print(f"{contender:12}" + "".join(f"  {part} {us:6,}" for part, us in rows[contender].items()), flush=True)
     if dist.get_rank() == 0:
-        run = {"label": options.label, "environment": collect_environment(), "processes": dist.get_world_size(), "steps": options.steps, "microseconds": rows}
+        run = {"label": options.label, "environment": collect_environment(), "processes": dist.get_world_size(), "steps": options.steps}
         before = json.loads(options.out.read_text()) if options.out.exists() else []
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out, json.dumps([*before, run], indent=1) + "\n")
+        write_atomically(options.out, json.dumps([*before, run | {"microseconds": rows}], indent=1) + "\n")
     end_process()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 def plan_buckets(modules: Sequence[Sequence[int]], limit: int) -> list[list[range]]:
-    """For each module in turn, as the backward pass ends them: the buckets to be summed then, of gradients in the order of ``modules``, counted through.
+    """For each module in turn, as the backward pass ends them: the buckets to be summed then, as places in the order of all gradients.
 
     A module's are in one bucket where they fit. A bucket has more than ``limit`` elements only where a single gradient has.
 

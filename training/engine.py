@@ -65,7 +65,8 @@ def deepspeed_config(config: Config) -> dict:
             "reduce_bucket_size": zero.reduce_bucket_size,
             "stage3_prefetch_bucket_size": zero.prefetch_bucket_size,
             # A single process has each parameter whole, unless it waits on the host.
-            "stage3_param_persistence_threshold": sys.maxsize if _alone(config) and zero.offload_parameters == "none" else zero.persistence_threshold,
+            "stage3_param_persistence_threshold": (
+                sys.maxsize if _alone(config) and zero.offload_parameters == "none" else zero.persistence_threshold),
             "stage3_max_reuse_distance": zero.reuse_distance,
             # What is kept must not stop the prefetch; DeepSpeed's default otherwise.
             "stage3_max_live_parameters": max(zero.reuse_distance, 1_000_000_000),

@@ -1,7 +1,7 @@
 """ZeRO-3's sums of gradients, its gathered parameters and its step with less for the host to do, and less for the GPU to wait for.
 
-What DeepSpeed 0.19.8 does of this is right, and slow where a step is short. Every function here says what it puts in the place of what; a name
-of DeepSpeed's that is no longer there is a RuntimeError when the engine is built.
+What DeepSpeed 0.19.8 does of this is right, and slow where a step is short. Every function here says what it puts in the place of what; a
+name of DeepSpeed's that is no longer there is a RuntimeError when the engine is built.
 """
 
 import math
@@ -49,7 +49,10 @@ def _shorten(engine: deepspeed.DeepSpeedEngine, on_gpu_only: bool) -> None:
 
 
 def _changed(what: str) -> RuntimeError:
-    return RuntimeError(f"DeepSpeed {deepspeed.__version__} is not what training/zero3_step.py relies on ({what}); install the version in the constraints file")
+    return RuntimeError(
+        f"DeepSpeed {deepspeed.__version__} is not what training/zero3_step.py relies on ({what}); "
+        "install the version in the constraints file"
+    )
 
 
 def _replace(part: object, **functions: Callable) -> None:
@@ -70,15 +73,15 @@ class GradientBuckets:
     """Sums gradients over the ranks, bucket by bucket while the backward pass goes on, and adds this rank's pieces up over micro batches.
 
     In the place of DeepSpeed's hooks: of those around each leaf module and of what they do with each gradient on its own (copy it, have one
-    stream wait for another, cut it, convert it, add it, mark it for the allocator). What is in a bucket is settled beforehand, from the last
-    parameter to the first, and buckets are summed in that order, so that no rank waits for another's whatever order gradients come in, and a
-    parameter that had no part in a rank's loss counts with zeros. A leaf module's are summed when all of them are there: then its
-    activations no longer are. One kernel lays a bucket's gradients out for the ranks and converts them; one divides this rank's sums, one
-    adds them. One bucket at a time is under way; the host waits for none.
+    stream wait for another, cut it, convert it, add it, mark it for the allocator). What is in a bucket is settled beforehand, from the
+    last parameter to the first, and buckets are summed in that order, so that no rank waits for another's whatever order gradients come
+    in, and a parameter that had no part in a rank's loss counts with zeros. A leaf module's are summed when all of them are there: then
+    its activations no longer are. One kernel lays a bucket's gradients out for the ranks and converts them; one divides this rank's sums,
+    one adds them. One bucket at a time is under way; the host waits for none.
 
-    On a GPU gradients are of the stream on which the backward pass computes, and are laid out there, into ``under_way``. DeepSpeed's stream for
-    sums waits for that; what it allocates and writes besides, up to the sums in the flat buffer, is of itself alone. The first waits for the
-    second before ``under_way`` is let go of, and at the end of the backward pass for the last sums.
+    On a GPU gradients are of the stream on which the backward pass computes, and are laid out there, into ``under_way``. DeepSpeed's stream
+    for sums waits for that; what it allocates and writes besides, up to the sums in the flat buffer, is of itself alone. The first waits
+    for the second before ``under_way`` is let go of, and at the end of the backward pass for the last sums.
     """
 
     def __init__(self, zero: DeepSpeedZeroOptimizer_Stage3):
@@ -95,7 +98,8 @@ class GradientBuckets:
 
         def bucket(places: range) -> Bucket:
             of_it = parameters[places.start : places.stop]
-            return Bucket(of_it, [math.ceil(p.ds_numel / self.world) for p in of_it], [partitions[p.ds_id] for p in of_it])  # cut as by DeepSpeed
+            pieces = [math.ceil(p.ds_numel / self.world) for p in of_it]  # as DeepSpeed cuts
+            return Bucket(of_it, pieces, [partitions[p.ds_id] for p in of_it])
 
         planned = plan_buckets([[p.ds_numel for p in module] for module in modules], zero.reduce_bucket_size)
         self.due = [[bucket(places) for places in of_module] for of_module in planned]  # module by module
@@ -118,14 +122,15 @@ class GradientBuckets:
         def arrived(parameter: nn.Parameter) -> None:
             self.missing[number] -= 1
             if number < self.next or self.missing[number] < 0:
-                raise RuntimeError("a parameter had a gradient after those of its module: ZeRO-3's leaf modules and checkpointed ones must not share parameters")
+                raise RuntimeError("a parameter had a gradient after those of its module: "
+                                   "ZeRO-3's leaf modules and checkpointed ones must not share parameters")
             while self.next < len(self.missing) and self.missing[self.next] == 0:
                 self._sum_next()
 
         return arrived
 
     def _end_of_module(self, module: nn.Module) -> None:
-        """Where a leaf module's backward pass ends no more gradients come: on all ranks its sums are before the gathers for the next one."""
+        """No more gradients of a leaf module come now: on all ranks its sums are before the gathers for the next."""
         while self.next <= self.number.get(id(module), -1):
             self._sum_next()
 
@@ -154,7 +159,7 @@ class GradientBuckets:
     def _sum(self, bucket: Bucket) -> None:
         self._take_back()  # one at a time: its sums have had the time in which this bucket filled
         zero = self.zero
-        gradients = [(torch.zeros(p.ds_shape, dtype=p.dtype, device=p.device) if p.grad is None else p.grad).reshape(-1) for p in bucket.parameters]
+        gradients = [p.new_zeros(p.ds_numel) if p.grad is None else p.grad.reshape(-1) for p in bucket.parameters]
         everyones = torch.empty(self.world, sum(bucket.pieces), dtype=zero.communication_data_type, device=gradients[0].device)
         torch._chunk_cat(gradients, 0, self.world, out=everyones)
         for parameter in bucket.parameters:
@@ -186,7 +191,8 @@ def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
     """Norm and step take the gradients from the flat buffer; clipping scales it in place.
 
     In the place of a norm parameter by parameter, for which each gradient is copied to float64, and of a copy of the gradients of each
-    sub-group to another flat buffer. What pads a parameter to equal pieces is 0 in it, and the first micro batch of a step writes all else anew.
+    sub-group to another flat buffer. What pads a parameter to equal pieces is 0 in it, and the first micro batch of a step writes all else
+    anew.
     """
     ends = accumulate((sum(p.partition_numel() for p in group) for group in zero.fp16_groups), initial=0)
     gradients = [zero.grad_partitions_flat_buffer[start:end] for start, end in pairwise(ends)]
@@ -239,8 +245,8 @@ def drop_idle_hooks(zero: DeepSpeedZeroOptimizer_Stage3, staying: list[nn.Parame
 def stay_gathered(engine: deepspeed.DeepSpeedEngine, staying: list[nn.Parameter]) -> None:
     """Every rank's pieces of parameters that stay come to all ranks by one gather for all, and one kernel that puts them in their places.
 
-    DeepSpeed gathers each by itself, into new memory, after each step and checkpoint, and has the host wait. What else lets go of them, such as
-    deepspeed.zero.GatheredParameters, may: they are gathered again when the model is called.
+    DeepSpeed gathers each by itself, into new memory, after each step and checkpoint, and has the host wait. What else lets go of them,
+    such as deepspeed.zero.GatheredParameters, may: they are gathered again when the model is called.
     """
     zero = engine.optimizer
     process_group = zero._get_param_partition_group(staying[0])
@@ -282,9 +288,10 @@ def _after(first: Callable, then: Callable) -> Callable:
 
 
 def gather_after_writing(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
-    """DeepSpeed's stream for gathers waits until this rank's pieces are written: by a step, by a checkpoint that is loaded, before training.
+    """DeepSpeed's stream for gathers waits until this rank's pieces are written: by a step, by a loaded checkpoint, before training.
 
-    By itself it waits for nothing: it is the host that does, for DeepSpeed's clock and for the parameters that stay, of which neither is left.
+    By itself it waits for nothing: it is the host that does, for DeepSpeed's clock and for the parameters that stay, of which neither is
+    left.
     """
     stream = zero.parameter_offload._DeepSpeedZeRoOffload__allgather_stream
     if stream is None:  # on a CPU

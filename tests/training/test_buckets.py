@@ -7,7 +7,8 @@ from training.buckets import plan_buckets
 def test_buckets_take_each_gradient_once_in_order_within_the_limit_and_with_their_modules():
     drawn = random.Random(0)
     for _ in range(300):
-        limit, modules = drawn.randint(1, 40), [[drawn.randint(1, 20) for _ in range(drawn.randint(1, 5))] for _ in range(drawn.randint(1, 9))]
+        limit = drawn.randint(1, 40)
+        modules = [[drawn.randint(1, 20) for _ in range(drawn.randint(1, 5))] for _ in range(drawn.randint(1, 9))]
         due = plan_buckets(modules, limit)
         lengths, ends = list(itertools.chain(*modules)), list(itertools.accumulate(map(len, modules)))
         buckets = [(number, bucket) for number, of_module in enumerate(due) for bucket in of_module]

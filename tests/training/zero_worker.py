@@ -149,8 +149,8 @@ def train_plainly(
 
 
 def grid() -> dict:
-    """checkpointing x stage x offload, over which backends, accumulation and which parameters stay gathered take turns; each checkpointing with Triton's kernels; stage x offload
-    in bf16 and fp16, over which checkpointing takes turns.  By name, with the settings."""
+    """checkpointing x stage x offload, over which backends, accumulation and what stays gathered take turns; each checkpointing with
+    Triton's kernels; stage x offload in bf16 and fp16, over which checkpointing takes turns.  By name, with the settings."""
     cells, modes, turn = {}, list(CHECKPOINTING), itertools.count()
     places = [(stage, offload) for stage, offload in itertools.product(range(4), OFFLOAD) if not (stage == 0 and offload != "none" or stage < 3 and offload == "both")]
 
