@@ -206,10 +206,14 @@ def test_checkpointing_and_offload_on_a_gpu(tmp_path):
 
 
 @pytest.mark.gpu(count=2)
-def test_gpus_that_share_sequences_train_as_those_that_do_not(tmp_path):
+def test_gpus_that_share_sequences_or_gather_parameters_train_as_those_that_do_not(tmp_path):
     out = tmp_path / "seen.json"
     done = deepspeed_run("tests/training/zero_worker.py", out, processes=2, gpus=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name, runs in json.loads(out.read_text()).items():
+    seen = json.loads(out.read_text())
+    for name, runs in seen["shared"].items():
         for how in ("shared", "everything"):
             assert_same_training(runs[how], runs["apart"], relative=2e-3, name=f"{name}, {how}")
+    for precision, runs in seen["staying"].items():
+        for how in ("all", "some", "none"):
+            assert_same_training(runs[how], runs["stage 2"], relative=2e-3, name=f"{precision}, {how}")

@@ -322,11 +322,21 @@ def on_a_gpu() -> dict:
 
 
 def on_two_gpus() -> dict:
-    """Two that share sequences, and two that do not: key heads fewer than GPUs, features, everything that long contexts take."""
+    """Two that share sequences, and two that do not: key heads fewer than GPUs, features, everything that long contexts take.
+
+    And stage 3 with all, some and no parameters that stay beside stage 2: there streams may overtake each other, and on a CPU there are none.
+    """
     everything = ["train.activation_checkpointing=full", "train.checkpoint_offload=true", "train.mlp_tile=512"]
     cases = {"plain": ["attention.backend=auto"], "llama": [*LLAMA, "attention.backend=auto"], "features": [*FEATURES, "attention.backend=triton"]}
     sharing = {"apart": [], "shared": ["parallel.sequence=2"], "everything": ["parallel.sequence=2", *everything]}
-    return {name: {how: train(configure(*BIG, "train.precision=bf16", *case, *more)) for how, more in sharing.items()} for name, case in cases.items()}
+    shared = {name: {how: train(configure(*BIG, "train.precision=bf16", *case, *more)) for how, more in sharing.items()}
+              for name, case in cases.items()}
+    never = ["zero.persistence_threshold=0", "zero.reuse_distance=0", "zero.prefetch_bucket_size=1000000"]
+    staying = {"stage 2": ["zero.stage=2"], "all": ["zero.persistence_threshold=1000000000"], "some": [], "none": never}
+    small = [*BIG, "attention.backend=auto", "train.gradient_accumulation_steps=2", "zero.reduce_bucket_size=500000"]
+    stages = {precision: {how: train(configure(*small, f"train.precision={precision}", *more)) for how, more in staying.items()}
+              for precision in ("bf16", "fp16")}
+    return {"shared": shared, "staying": stages}
 
 
 def loss_scale_search() -> dict:
