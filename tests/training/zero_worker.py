@@ -50,6 +50,7 @@ CHECKPOINTING = {
     "deepspeed": [], "deepspeed classic": ["train.partition_activations=classic"],
 }  # fmt: skip
 OFFLOAD = {"none": [], "optimizer": ["zero.offload_optimizer=cpu"], "both": ["zero.offload_optimizer=cpu", "zero.offload_parameters=cpu"]}
+LET_GO = ["zero.reuse_distance=0", "zero.prefetch_bucket_size=1", "zero.persistence_threshold=0"]  # parameters, as of large models, after each use
 BIG = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024"]  # for GPUs
 LINEAR = torch.nn.functional.linear
 
@@ -219,12 +220,12 @@ def long_contexts() -> dict:
     some_away = ["train.activation_checkpointing=every_n", "train.checkpoint_every=2", "train.checkpoint_offload=true"]
     odd = ["model.heads=6", "model.kv_heads=3", "model.head_dim=8", "model.layers=3", "model.positions=rope"]  # three key heads for two processes
     own_keys = ["model.kv_heads=2"]  # as many as query heads
-    every, one_row = [*shared, *tiles, *away], ["train.global_batch_size=1"]  # for Triton's interpreter
+    every, one_row = [*shared, *tiles, *away, *LET_GO], ["train.global_batch_size=1"]  # for Triton's interpreter
     cells = {
         "plain": [
             shared, [*shared, "zero.stage=0"], [*shared, *tiles, "zero.stage=2", "train.gradient_accumulation_steps=2"],
             [*every, "attention.backend=sdpa", *OFFLOAD["both"]], [*shared, *tiles, "train.activation_checkpointing=selective", "attention.backend=sdpa"],
-            [*tiles, *away, "train.gradient_accumulation_steps=2"], [*tiles, "zero.stage=1"], some_away,
+            [*tiles, *away, "train.gradient_accumulation_steps=2"], [*tiles, *LET_GO], [*tiles, "zero.stage=1"], some_away,
         ],
         "plain_llama": [[*LLAMA, *every, "attention.backend=sdpa"]],
         "plain_features": [[*FEATURES, *shared, *tiles, "attention.backend=tiled", *some_away]],
@@ -326,7 +327,7 @@ def on_two_gpus() -> dict:
 
     And stage 3 with all, some and no parameters that stay beside stage 2: there streams may overtake each other, and on a CPU there are none.
     """
-    everything = ["train.activation_checkpointing=full", "train.checkpoint_offload=true", "train.mlp_tile=512"]
+    everything = ["train.activation_checkpointing=full", "train.checkpoint_offload=true", "train.mlp_tile=512", *LET_GO]
     cases = {"plain": ["attention.backend=auto"], "llama": [*LLAMA, "attention.backend=auto"], "features": [*FEATURES, "attention.backend=triton"]}
     sharing = {"apart": [], "shared": ["parallel.sequence=2"], "everything": ["parallel.sequence=2", *everything]}
     shared = {name: {how: train(configure(*BIG, "train.precision=bf16", *case, *more)) for how, more in sharing.items()}
