@@ -43,6 +43,7 @@ EQUAL = (
 )  # fmt: skip
 STRIDE = 1.05  # from one attempt at a limit to the next
 MFU = 0.5  # what --longest assumes of long sequences: causality is not discounted, and half of that is not computed
+EXHAUSTED = ("out of memory", "ALLOC_FAILED")  # PyTorch's allocator; a kernel that has yet to be loaded; cuBLAS
 GIB = 2**30
 
 
@@ -149,7 +150,9 @@ def attempt(config: Config, **options: int | None) -> dict:
     began = time.perf_counter()
     try:
         found = {"fits": True, **train(config, **options)}
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not any(words in str(error) for words in EXHAUSTED):
+            raise
         found = {"fits": False}
     let_go_of_all()
     return described(config) | found | {"seconds": round(time.perf_counter() - began, 1)}
@@ -175,7 +178,7 @@ def limit(of: Callable[[int], Config], predicted: int, unit: int, first: int | N
         return tries[-1]["fits"]
 
     found, by_time = search(fits, min(predicted, in_time), unit, in_time)
-    largest = next((row for row in tries if row["fits"] and found in (row["micro_batch"], row["sequence_length"])), {})
+    largest = next((row for row in reversed(tries) if row["fits"]), {})
     row = {"backend": of(unit).attention.backend, "predicted": predicted, "largest": found, "bounded_by_time": by_time}
     return row | {"at_largest": largest, "tries": tries}
 
