@@ -40,7 +40,7 @@ class _InTiles(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kept, function, length, *parameters):
         ctx.kept, ctx.function, ctx.length, ctx.parameters = kept, function, length, parameters
-        out = torch.empty_like(x)
+        out = x.new_empty(x.shape)  # dense, so that tiles of it are views
         for tile, target in zip(_tiles(x.detach(), length), _tiles(out, length), strict=True):
             target.copy_(function(tile))
         return out
@@ -50,7 +50,7 @@ class _InTiles(torch.autograd.Function):
     def backward(ctx, gradient):
         (x,) = ctx.kept.saved_tensors
         ctx.kept = None
-        of_x = torch.empty_like(x)
+        of_x = x.new_empty(x.shape)
         sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in ctx.parameters]
         for tile, of_out, target in zip(*(_tiles(each, ctx.length) for each in (x, gradient, of_x)), strict=True):
             tile = tile.detach().requires_grad_()

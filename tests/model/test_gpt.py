@@ -11,6 +11,7 @@ from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
 from model.gpt import GPT, IGNORED_LABEL, count_parameters, count_recomputed, rotary_table, rotate
 from model.offload import Offload
+from model.tiling import in_tiles
 from tests.model.test_loss import Largest
 from training.flops import hardware_flops_per_token, model_flops_per_token
 
@@ -199,6 +200,16 @@ def test_tiles_keep_their_input_alone_and_never_the_inner_activations():
     (largest, kept), (largest_in_tiles, kept_in_tiles) = largest_and_kept(None), largest_and_kept(8)
     assert largest == 64 * 512 and largest_in_tiles == 512 * 32, "a weight is what is left"
     assert kept - kept_in_tiles >= 3 * (2 * 64 * 512)
+
+
+def test_tiles_of_a_transposed_input():
+    x, weight, gradient = torch.randn(16, 2, 8).transpose(0, 1), torch.randn(8, 8, requires_grad=True), torch.randn(2, 16, 8)
+    found = []
+    for run in (lambda x: x @ weight, lambda x: in_tiles(lambda tile: tile @ weight, [weight], x, 5)):
+        leaf = x.detach().requires_grad_()
+        out = run(leaf)
+        found.append((out, *torch.autograd.grad(out, (leaf, weight), gradient)))
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_rotation_of_a_part_at_a_time(monkeypatch):
