@@ -357,7 +357,7 @@ def _parameters(model: str) -> Parameters:
 
 
 def _named(parts: dict[str, int]) -> dict[str, int]:
-    return {{"final norm": "activations", "logits": "logits"}.get(part, part): size for part, size in parts.items()}
+    return {"activations" if part == "final norm" else part: size for part, size in parts.items()}
 
 
 def element_size(config: Config) -> int:
@@ -633,6 +633,11 @@ def parts_of(parts: dict[str, int]) -> str:
     return ", ".join(f"{part} {gib(size)}" for part, size in sorted(parts.items(), key=lambda each: -each[1]) if size >= GIB / 100)
 
 
+def of_host(config: Config, processes: int) -> str:
+    size = sum(estimate(config, processes).host.values())
+    return f" ({gib(size)} of the host for each process)" if size else ""
+
+
 def summary(config: Config, processes: int, device_name: str) -> list[str]:
     """Lines: the peak and its parts, the host's share, what fits on this device, which settings would help most."""
     if config.model.huggingface is not None:
@@ -645,15 +650,15 @@ def summary(config: Config, processes: int, device_name: str) -> list[str]:
         lines.append(f"host   {gib(sum(found.host.values()))} for each process: {parts_of(found.host)}")
     if available is not None:
         micro, sequence = largest_micro_batch(config, processes, available), largest_sequence(config, processes, available)
-        lines.append(
-            f"fits   {gib(available)} of an {device_name.strip()} are to be had: "
-            + (
-                f"micro batches up to {micro:,} at sequence length {config.model.sequence_length:,}, "
-                f"sequences up to {sequence:,} in micro batches of 1"
-                if sequence
-                else "nothing of this fits, not even a micro batch of 1"
+        fits = "nothing of this fits, not even a micro batch of 1"
+        if sequence:
+            in_batch = of_host(changed(config, {"train.micro_batch_size": micro}), processes) if micro else ""
+            in_sequence = of_host(changed(config, {"train.micro_batch_size": 1, "model.sequence_length": sequence}), processes)
+            fits = (
+                f"micro batches up to {micro:,} at sequence length {config.model.sequence_length:,}{in_batch}, "
+                f"sequences up to {sequence:,} in micro batches of 1{in_sequence}"
             )
-        )
+        lines.append(f"fits   {gib(available)} of an {device_name.strip()} are to be had: {fits}")
     helpful = [f"{told(settings)}: {gib(saved)} less" for settings, saved in savings(config, processes)[:3]]
     return lines + ([f"less   {'; '.join(helpful)}"] if helpful else [])
 

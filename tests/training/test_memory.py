@@ -268,7 +268,10 @@ def test_a_host_without_room_for_what_waits_there_is_told_before_it_runs_out():
 def test_the_summary_says_peak_fit_and_what_helps():
     memory_line, fits, less = memory.summary(gpt(), 2, "NVIDIA H200")
     assert memory_line.startswith("memory ") and "optimizer states" in memory_line and "at the peak, which is the loss" in memory_line
-    assert re.search(r"micro batches up to \d+ .* sequences up to [\d,]+ in micro batches of 1", fits)
+    assert re.search(r"micro batches up to \d+ .* sequences up to [\d,]+ in micro batches of 1$", fits)
+    _, _, fits, _ = memory.summary(gpt("train.checkpoint_offload=true"), 2, "NVIDIA H200")
+    micro, on_host = re.search(r"micro batches up to (\d+) at sequence length 2,048 \((.*?) of the host for each process\), .*\(\d.* of the host", fits).groups()
+    assert on_host == memory.gib(24 * int(micro) * 2048 * 2048 * 2)
     assert len(less.split(";")) == 3
     lines = memory.summary(gpt("zero.offload_optimizer=cpu"), 2, "CPU")
     assert lines[1].startswith("host ") and len(lines) == 3, "of an unknown device nobody knows what fits"
