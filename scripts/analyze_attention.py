@@ -163,10 +163,11 @@ def standard_traffic(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Level:
-    """A level of a GPU's memory: bytes, and bytes/s, None where no source was found."""
+    """A level of a GPU's memory: bytes, bytes/s, and ns from a load to its value; None where no source was found."""
 
     capacity: int
     bandwidth: float | None
+    latency: float | None
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ class Gpu:
     multiprocessors: int
     clock: float
     shared: int  # for each multiprocessor, the most of the pool that it shares with L1
+    l1_latency: float  # that pool's, in ns
     l2: Level
     dram: Level
     sources: str
@@ -188,24 +190,26 @@ class Gpu:
         lanes = 64 if "A100" in self.name else 128
         n = self.multiprocessors
         return {
-            "registers": Level(n * 256 * KIB, n * self.clock * lanes * 3 * FP32),
-            "shared memory": Level(n * self.shared, n * self.clock * 128),
+            "registers": Level(n * 256 * KIB, n * self.clock * lanes * 3 * FP32, 0),
+            "shared memory": Level(n * self.shared, n * self.clock * 128, self.l1_latency),
             "L2": self.l2,
             "DRAM": self.dram,
         }
 
 
 GPUS = (
-    Gpu("A100-SXM4-80GB", 108, 1.410e9, 164 * KIB, Level(40 * MIB, 5120 * 1.410e9), Level(80 * GIB, 2.039e12),
-        "NVIDIA A100 whitepaper (L2 5,120 bytes a clock) and datasheet"),
-    Gpu("H100 80GB HBM3", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9), Level(80 * GIB, 3.35e12),
-        "NVIDIA H100 whitepaper and datasheet; L2: taken to give A100's bytes a clock"),
-    Gpu("H200", 132, 1.755e9, 228 * KIB, Level(50 * MIB, 5120 * 1.755e9), Level(141 * GIB, 4.8e12),
-        "NVIDIA H200 datasheet; the chip is H100's, and so are the levels above DRAM"),
-    Gpu("B200", 148, 1.965e9, 228 * KIB, Level(126 * MIB, None), Level(180 * GIB, 8.0e12),
-        "NVIDIA Blackwell datasheet (HGX B200); multiprocessors, L2, clock: Chips and Cheese 2025"),
-    Gpu("RTX 4090", 128, 2.520e9, 100 * KIB, Level(72 * MIB, None), Level(24 * GIB, 1.008e12),
-        "NVIDIA Ada GPU architecture whitepaper"),
+    Gpu("A100-SXM4-80GB", 108, 1.410e9, 164 * KIB, 25.6, Level(40 * MIB, 5120 * 1.410e9, 150), Level(80 * GIB, 2.039e12, 405),
+        "NVIDIA A100 whitepaper (L2 5,120 bytes a clock) and datasheet; latencies: gpu-benches"),
+    Gpu("H100 80GB HBM3", 132, 1.755e9, 228 * KIB, 19.5, Level(50 * MIB, 5120 * 1.755e9, 151), Level(80 * GIB, 3.35e12, 372),
+        "NVIDIA H100 whitepaper and datasheet; L2: taken to give A100's bytes a clock; latencies: gpu-benches, of the PCIe card, which has "
+        "HBM2e"),
+    Gpu("H200", 132, 1.755e9, 228 * KIB, 19.5, Level(50 * MIB, 5120 * 1.755e9, 151), Level(141 * GIB, 4.8e12, None),
+        "NVIDIA H200 datasheet; the chip is H100's, and so are the levels above DRAM (gpu-benches measured 9.8 TB/s of L2)"),
+    Gpu("B200", 148, 1.965e9, 228 * KIB, 19.6, Level(126 * MIB, None, 150), Level(180 * GIB, 8.0e12, None),
+        "NVIDIA Blackwell datasheet (HGX B200); multiprocessors, L2, clock, latencies: Chips and Cheese 2025"),
+    Gpu("RTX 4090", 128, 2.520e9, 100 * KIB, 14.5, Level(72 * MIB, 5.2e12, 111), Level(24 * GIB, 1.008e12, 254),
+        "NVIDIA Ada GPU architecture whitepaper; L2's bandwidth and latencies: gpu-benches, of the L40, which has the same chip with 142 "
+        "multiprocessors, and GDDR6"),
 )  # fmt: skip
 
 
@@ -365,10 +369,11 @@ def hierarchy_table() -> str:
                     level,
                     size(of.capacity),
                     "-" if of.bandwidth is None else f"{of.bandwidth / TERA:.3g} TB/s",
+                    "-" if of.latency is None else f"{of.latency:g} ns",
                 ]
             )
     return (
-        markdown(["GPU", "level", "capacity", "bandwidth"], rows)
+        markdown(["GPU", "level", "capacity", "bandwidth", "latency"], rows)
         + "\n\n"
         + "\n".join(f"- {gpu.name}: {gpu.sources}." for gpu in GPUS)
     )

@@ -94,6 +94,8 @@ def test_every_gpu_has_a_peak_and_levels_that_grow():
         assert levels[-1].capacity > 100 * levels[-2].capacity > 100 * levels[-3].capacity / 2
         known = [level.bandwidth for level in levels if level.bandwidth]
         assert known == sorted(known, reverse=True)
+        latencies = [level.latency for level in levels if level.latency is not None]
+        assert len(latencies) >= 3 and latencies == sorted(latencies)
 
 
 def test_the_page_shows_what_the_program_says():
