@@ -1,10 +1,13 @@
 """Block inputs on their way to the host's memory and back, in the order of the copies; that gradients stay the same is in test_gpt.py."""
 
+import weakref
+from collections import deque
+
 import torch
 
 import model.offload
 from model.checkpointing import Checkpointing
-from model.offload import Offload
+from model.offload import Offload, Waiting
 from tests.model.test_gpt import build
 
 LAYERS = 4
@@ -82,3 +85,47 @@ def test_a_pass_without_a_backward_one_leaves_nothing_on_its_way(monkeypatch):
     with torch.no_grad():
         gpt(tokens, tokens)
     assert len(made) == 2 * LAYERS
+
+
+class Postponed(Offload):
+    """As a stream that is far behind: copies are made in their order, and no sooner than somebody waits for one."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.hosts = deque(), []
+
+    def buffer(self, x):
+        self.hosts.append(super().buffer(x))
+        return self.hosts[-1]
+
+    def copy(self, source, target):
+        if not any(target is host for host in self.hosts):
+            target.fill_(torch.nan)
+        done = [False]
+        self.asked.append((weakref.ref(source), weakref.ref(target), done))
+        return done
+
+    def until(self, done):
+        while not done[0]:
+            source, target, this = self.asked.popleft()
+            assert source() is not None and target() is not None, "let go of while a copy was under way"
+            target().copy_(source())
+            this[0] = True
+
+
+def test_whoever_reads_or_frees_waits_for_the_copy(monkeypatch):
+    """Over two micro batches, whose gradients add up, and a step more; every second block's input alone, too."""
+    monkeypatch.setattr(Waiting, "_wait", lambda waiting: waiting.offload.until(waiting.done))
+    gpt, found = build(layers=LAYERS), []
+    micro_batches = torch.randint(50, (3, 2, 16))
+    for offload, every in ((None, 1), (Postponed(), 1), (Postponed(), 2)):
+        gpt.checkpointing = Checkpointing("every_n", every=every, offload=offload) if offload else Checkpointing()
+        gpt.zero_grad()
+        gradients = []
+        for tokens in micro_batches:
+            gpt(tokens, tokens).backward()
+            gradients += [p.grad.clone() for p in gpt.parameters()]
+        found.append(gradients)
+        assert offload is None or not offload.asked and len({id(host) for host in offload.hosts}) == LAYERS // every
+    for gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0]))
