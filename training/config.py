@@ -455,6 +455,8 @@ def _mode_notes(config: Config, *, on_gpu: bool) -> list[str]:
         notes.append("train.cpu_checkpointing: true -> " + (
             "block inputs go to pinned memory of the CPU while the next block is computed; the last one's stays; computation waits for each on its way back"
             if on_gpu else "block inputs are on the CPU as it is: nothing is moved"))
+    if not on_gpu and train.checkpoint_offload:
+        notes.append("train.checkpoint_offload: true -> block inputs are on the CPU as it is; they are copied there and back all the same")
     if not on_gpu and "cpu" in (zero.offload_optimizer, zero.offload_parameters):
         notes.append("zero.offload_*: cpu -> all is on the CPU as it is; DeepSpeed takes the same path as beside a GPU")
     return notes

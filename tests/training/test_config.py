@@ -248,6 +248,8 @@ def test_deepspeeds_checkpointing_is_told_as_it_is(monkeypatch):
         assert "partitioned over 1 process" in notes() and "computation waits for each copy" in notes()
         assert copies in notes("train.partition_activations=false")
         assert ("DeepSpeed takes the same path as beside a GPU" in notes()) is not on_gpu
+        ours = notes("train.activation_checkpointing=full", "train.checkpoint_offload=true", "train.partition_activations=false")
+        assert ("copied there and back all the same" in ours) is not on_gpu
 
 
 def test_auto_is_resolved_once_with_its_reason(monkeypatch):
