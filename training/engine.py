@@ -314,7 +314,7 @@ def train_step(
             totals = torch.stack((loss, torch.full_like(loss, stopping())))
             dist.all_reduce(totals)
             loss = totals[0]
-            # Asked for before the backward pass, at whose end DeepSpeed waits: then they are there.
+            # Asked for before the backward pass; the step after that looks at the norm, and waits for it: then they are there.
             mean, stops = Late(loss / targets), Late(totals[1])
             # 0 or NaN: a loss that is not finite makes every rank's gradients NaN, and so no rank takes the step.
             weight = weight + (loss * 0).float()

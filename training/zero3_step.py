@@ -95,6 +95,7 @@ class GradientBuckets:
             of_leaf.setdefault(id(getattr(parameter, "ds_z3_leaf_module", parameter)), []).append(parameter)
         self.number = {leaf: number for number, leaf in enumerate(of_leaf)}
         modules = list(of_leaf.values())
+        parameters = [parameter for module in modules for parameter in module]  # the order that plan_buckets counts in
 
         def bucket(places: range) -> Bucket:
             of_it = parameters[places.start : places.stop]
@@ -158,19 +159,19 @@ class GradientBuckets:
     @torch.no_grad()
     def _sum(self, bucket: Bucket) -> None:
         self._take_back()  # one at a time: its sums have had the time in which this bucket filled
-        zero = self.zero
+        zero, stream = self.zero, self.zero.reduce_and_partition_stream
         gradients = [p.new_zeros(p.ds_numel) if p.grad is None else p.grad.reshape(-1) for p in bucket.parameters]
-        everyones = torch.empty(self.world, sum(bucket.pieces), dtype=zero.communication_data_type, device=gradients[0].device)
+        everyones = gradients[0].new_empty(self.world, sum(bucket.pieces), dtype=zero.communication_data_type)
         torch._chunk_cat(gradients, 0, self.world, out=everyones)
         for parameter in bucket.parameters:
             parameter.grad = None
         if self.world == 1:
             self._add(bucket, everyones)
-        elif not everyones.is_cuda:
+        elif stream is None:  # on a CPU
             self._add(bucket, everyones)
             self.under_way = everyones, None  # as on a GPU, so that memory there can be followed here
         else:
-            stream, done = zero.reduce_and_partition_stream, torch.cuda.Event()
+            done = torch.cuda.Event()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._add(bucket, everyones)
@@ -207,7 +208,6 @@ def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
     def hand_to_optimizer(group: int) -> None:
         flat = zero.fp32_partitioned_groups_flat[group]
         flat.grad = gradients[group].to(flat.dtype)
-        zero.averaged_gradients[group] = None
 
     _replace(zero, _get_norm_groups=norms_of_groups, _prepare_fp32_grad_for_sub_group=hand_to_optimizer)
 
@@ -267,6 +267,8 @@ def stay_gathered(engine: deepspeed.DeepSpeedEngine, staying: list[nn.Parameter]
             torch.split_with_sizes_copy(everyones, pieces, dim=1, out=wholes)
         for parameter, view in zip(staying, views, strict=True):
             if parameter.data_ptr() != view.data_ptr():  # DeepSpeed has let go of it, or gathered it elsewhere
+                if parameter.is_cuda:  # in memory of its stream for gathers, which this one may still read
+                    parameter.data.record_stream(torch.cuda.current_stream())
                 parameter.data, parameter.ds_status = view, ZeroParamStatus.AVAILABLE
 
     def renew_missing(*_) -> None:
