@@ -59,6 +59,11 @@ def test_a_parameter_without_a_part_in_a_loss_counts_with_zeros(seen):
         assert_same_training(run, seen["without_a_part_plainly"])
 
 
+def test_sums_of_gradients_are_waited_for_however_late_they_are(seen):
+    assert seen["sums_put_off"]["sums"] > 3 * 2
+    assert_same_training(seen["sums_put_off"], seen["plain"])
+
+
 def test_parameters_that_stay_are_gathered_again_when_something_has_let_go_of_them(seen):
     found = seen["let_go_of_between_steps"]
     assert_same_training(found, seen["plain"])

@@ -3,6 +3,7 @@
 One launch for all of them: starting Python, torch and the process group costs more than the training.  ``test_zero.py`` reads the JSON.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -10,6 +11,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import cpuinfo
@@ -33,6 +35,7 @@ from training.evaluation import evaluate, sample_text
 from training.loss_scale import LossScale
 from training.schedule import learning_rate
 from training.tokenizers import load_tokenizer
+from training.zero3_step import GradientBuckets
 
 STEPS = 3
 TINY = [
@@ -296,6 +299,26 @@ def let_go_of_between_steps() -> dict:
     return {"losses": [float(r.loss) for r in results], "grad_norms": [float(r.grad_norm) for r in results], "hooks": hooks}
 
 
+def sums_put_off() -> dict:
+    """As ``train`` where gradients are summed on a stream of their own, as on a GPU, as late as that may be: when something waits for them."""
+    config = configure("zero.reduce_bucket_size=3000", "zero.persistence_threshold=1000", "train.gradient_accumulation_steps=2")
+    engine, results, late, add = build_engine(config), [], [], GradientBuckets._add
+
+    def wait(_) -> None:
+        while late:
+            late.pop()()
+
+    engine.optimizer.reduce_and_partition_stream = mock.Mock()
+    with (mock.patch.object(torch.cuda, "current_stream", lambda: SimpleNamespace(wait_event=wait)),
+          mock.patch.object(torch.cuda, "stream", contextlib.nullcontext), mock.patch.object(torch.cuda, "Event", mock.Mock),
+          mock.patch.object(GradientBuckets, "_add", lambda *its: late.append(functools.partial(add, *its)))):
+        for step in range(STEPS):
+            results.append(train_step(engine, micro_batches(config, step), step, config))
+    sums = engine.optimizer.reduce_and_partition_stream.wait_stream.call_count
+    engine.destroy()
+    return {"losses": [float(r.loss) for r in results], "grad_norms": [float(r.grad_norm) for r in results], "sums": sums}
+
+
 def muon() -> dict:
     """Every stage in fp32, its matrices after the last step too, against torch's Muon and AdamW on one process; and in bf16."""
     settings, expected = ["optimizer.name=muon", "optimizer.muon_lr=0.2", "optimizer.grad_clip=0.5", *LLAMA], {}
@@ -495,6 +518,7 @@ def main() -> None:
         "without_a_part": {threshold: without_a_part(threshold) for threshold in (0, 100_000)},
         "without_a_part_plainly": without_a_part_plainly(),
         "let_go_of_between_steps": let_go_of_between_steps(),
+        "sums_put_off": sums_put_off(),
         "muon": muon(),
         "compiled": compiled(),
         "bf16_gradient_error": {f"{stage} {offload}": bf16_gradient_error(stage, *OFFLOAD[offload]) for stage in (1, 2, 3) for offload in ("none", "optimizer")},
