@@ -75,9 +75,10 @@ class GradientBuckets:
     In the place of DeepSpeed's hooks: of those around each leaf module and of what they do with each gradient on its own (copy it, have one
     stream wait for another, cut it, convert it, add it, mark it for the allocator). What is in a bucket is settled beforehand, from the
     last parameter to the first, and buckets are summed in that order, so that no rank waits for another's whatever order gradients come
-    in, and a parameter that had no part in a rank's loss counts with zeros. A leaf module's are summed when all of them are there: then
-    its activations no longer are. One kernel lays a bucket's gradients out for the ranks and converts them; one divides this rank's sums,
-    one adds them. One bucket at a time is under way; the host waits for none.
+    in, and a parameter that had no part in a rank's loss counts with zeros. (Outside of leaf modules, where any are gathered, it must have
+    had none on every rank: nothing else tells a rank when to go on, and sums and gathers come in one order on all of them.) A leaf module's
+    are summed when all of them are there: then its activations no longer are. One kernel lays a bucket's gradients out for the ranks and
+    converts them; one divides this rank's sums, one adds them. One bucket at a time is under way; the host waits for none.
 
     On a GPU gradients are of the stream on which the backward pass computes, and are laid out there, into ``under_way``. DeepSpeed's stream
     for sums waits for that; what it allocates and writes besides, up to the sums in the flat buffer, is of itself alone. The first waits
