@@ -124,8 +124,8 @@ class GradientBuckets:
         def arrived(parameter: nn.Parameter) -> None:
             self.missing[number] -= 1
             if number < self.next or self.missing[number] < 0:
-                raise RuntimeError("a parameter had a gradient after those of its module: "
-                                   "ZeRO-3's leaf modules and checkpointed ones must not share parameters")
+                raise RuntimeError(f"a parameter of shape {list(parameter.ds_shape)} had a gradient after its sum: several of ZeRO-3's leaf modules or of "
+                                   "the checkpointed ones share it, or the model registers it behind modules that run after it; use zero.stage: 2")  # fmt: skip
             while self.next < len(self.missing) and self.missing[self.next] == 0:
                 self._sum_next()
 
