@@ -15,7 +15,7 @@ from training import checkpoints, files, manifest
 from training.corpus import write_corpus
 from training.tokenizers import load_tokenizer
 
-STEPS = 400
+STEPS = 1000  # more than a machine makes while it is killed: after a launcher's death the ranks train on for up to a second
 POINTS = 50
 # Moments of a checkpoint: the function at whose call the process is killed, before or after it has done its work.
 MOMENTS = [(checkpoints, "_make_room"), (checkpoints, "_save_generators"), (checkpoints, "seal"), (checkpoints, "_publish"), (checkpoints, "write_manifest"),
@@ -109,7 +109,7 @@ def main() -> None:
         seen.append({"point": point.get("name", "random"), "victim": point["victim"], "after": point.get("after"), "resumed": resumed_at(log.read_text()[said_before:]),
                      "left": newest_intact(saved), "exit_code": run.code, "seconds": seconds,
                      "damaged": [each.name for each in manifest.complete_checkpoints(saved) if manifest.faults_of(each)]})
-    last = ForkedRun(["--config", str(run_file), "run.name=killed"], log=log)
+    last = ForkedRun(["--config", str(run_file), "run.name=killed", "checkpoint.every=0"], log=log)  # one at the end
     last.wait(120)
     whole = ForkedRun(["--config", str(run_file), "run.name=whole", "checkpoint.every=0"], log=folder / "whole.log")
     whole.wait(120)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint_contents import tensor_hashes
+from tests.training.kill_worker import STEPS
 from training.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,6 @@ def test_no_process_outlives_its_launcher_by_15_seconds(seen):
 
 def test_the_killed_run_ends_as_an_undisturbed_one_bit_for_bit(folder):
     rows = [[(row["step"], row["loss"], row["grad_norm"]) for row in read_metrics(folder / "runs" / name)[0]] for name in ("killed", "whole")]
-    assert rows[0] == rows[1] and len(rows[0]) == 400
-    final = [tensor_hashes(folder / "runs" / name / "checkpoints/step_00000400") for name in ("killed", "whole")]
+    assert rows[0] == rows[1] and len(rows[0]) == STEPS
+    final = [tensor_hashes(folder / "runs" / name / "checkpoints" / f"step_{STEPS:08d}") for name in ("killed", "whole")]
     assert final[0] == final[1] and len(final[0]) == 6, "parameters, optimizer states and random generators of two ranks"
