@@ -13,6 +13,7 @@ other kernels run too, of those in --profile. The JSON holds every run's rows, e
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,20 +26,17 @@ from training.files import write_atomically  # noqa: E402
 
 def main(arguments: list[str] | None = None) -> int:
     options, passed_on = parse(arguments)
-    folder, runs = options.out.with_suffix(""), []
+    folder, failed = options.out.with_suffix(""), False
     result = {"command": " ".join(sys.argv), "rows": []}
-    failed = False
-    for case in options.configs:
-        for gpus in options.gpus:
-            out = folder / f"{case.split(',')[0].split('/')[-1]}-{len(runs)}-{gpus}gpu.json"
-            runs.append(out)
-            failed |= benchmark_training.main(asked(case, gpus, [*passed_on, "--out", str(out)])) != 0
-            run = json.loads(out.read_text(encoding="utf-8"))
-            result |= {"environment": run["environment"], "steps": run["steps"], "warmup": run["warmup"]}
-            result["rows"] += [row | {"config": case, "gpus": gpus} for row in run["rows"]]
-            for row in result["rows"]:
-                row["efficiency"] = efficiency(row, result["rows"])
-            write_atomically(options.out, json.dumps(result, indent=1) + "\n")
+    for number, (case, gpus) in enumerate(product(options.configs, options.gpus)):
+        out = folder / f"{case.split(',')[0].split('/')[-1]}-{number}-{gpus}gpu.json"
+        failed |= benchmark_training.main(asked(case, gpus, [*passed_on, "--out", str(out)])) != 0
+        run = json.loads(out.read_text(encoding="utf-8"))
+        result |= {"environment": run["environment"], "steps": run["steps"], "warmup": run["warmup"]}
+        result["rows"] += [row | {"config": case, "gpus": gpus} for row in run["rows"]]
+        for row in result["rows"]:
+            row["efficiency"] = efficiency(row, result["rows"])
+        write_atomically(options.out, json.dumps(result, indent=1) + "\n")
     draw(result).savefig(options.out.with_suffix(".png"), dpi=150)
     print(f"\n{table(result)}\n\nwritten to {options.out} and {options.out.with_suffix('.png').name}")
     return int(failed)
