@@ -3,11 +3,11 @@
 # three seeds of gpt2-124m beside one run of every other backend, with compare_runs.py's verdict; and packed documents of 8192 tokens with
 # document masks on two kernels that skip what they hide, beside the same run without the mask, where there is nothing to skip.
 #
-#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents] [modes] [precisions]
+#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents] [hopper] [modes] [precisions]
 #
-# Without arguments every part but modes (checkpointing, stages, offload) and precisions, in that order; about 30 minutes on two H200s.  Runs go
-# to runs/curves, runs/seeds and so on, the tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out "two";
-# "large" takes every GPU.
+# Without arguments every part but hopper, modes (checkpointing, stages, offload) and precisions, in that order; about 30 minutes on two H200s.
+# Runs go to runs/curves, runs/seeds and so on, the tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out
+# "two"; "large" takes every GPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 runs=runs/curves
@@ -80,6 +80,17 @@ documents() {
     local runs=runs/documents of="gpt2-124m-documents 75 train.micro_batch_size=4 attention.backend"
     side_by_side "triton $of=triton" "flex $of=flex" "triton-unmasked $of=triton attention.document_mask=false"
     python3 scripts/compare_runs.py "$runs"/* --json docs/results/documents.json --png docs/results/documents.png
+}
+
+hopper() { # the kernel of Hopper GPUs beside PyTorch's, two seeds of each, 65,536 tokens a step
+    local runs=runs/hopper run queue=()
+    for run in hopper-1 sdpa-1 hopper-2 sdpa-2; do
+        queue+=("gpt-1.3b-$run gpt-1.3b 30 train.global_batch_size=32 eval.sequences=64 attention.backend=${run%-*} run.seed=${run#*-}"
+            "gpt2-124m-$run gpt2-124m 100 train.micro_batch_size=32 train.global_batch_size=64 attention.backend=${run%-*} run.seed=${run#*-}")
+    done
+    side_by_side "${queue[@]}"
+    python3 scripts/compare_runs.py "$runs"/gpt2-124m-* --baseline backend=sdpa --json docs/results/hopper-124m.json --png docs/results/hopper-124m.png
+    python3 scripts/compare_runs.py "$runs"/gpt-1.3b-* --baseline backend=sdpa --json docs/results/hopper-1.3b.json --png docs/results/hopper-1.3b.png
 }
 
 precisions() { # of 65,536 tokens a step
