@@ -306,15 +306,15 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
                 tma.async_copy_global_to_shared(dout_desc, place, dout_full, shared.dout.index(slot))
                 tma.async_copy_global_to_shared(delta_desc, [head * rows + first_query], dout_full, shared.delta.index(slot))
                 if first:
-                    ticket = claim(counter)
                     if taken > 0:
                         synchronise(K_FREE, LOADING)
                     tma.async_copy_global_to_shared(k_desc, keys, q_full, shared.k.index(taken % K_SLOTS))
                     if problem.V_SLOTS == 1 and taken > 0:
                         synchronise(V_FREE, LOADING)
                     tma.async_copy_global_to_shared(v_desc, keys, dout_full, shared.v.index(taken % problem.V_SLOTS))
-                    number = gl.num_programs(0) + claimed(ticket)
                 step += 1
+        # Not before: an item claimed early waits while others, whose items end sooner, find none.
+        number = gl.num_programs(0) + claimed(claim(counter))
         taken += 1
     if step >= STAGES:
         synchronise(FREE + step % STAGES, LOADING)
