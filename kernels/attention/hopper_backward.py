@@ -346,9 +346,8 @@ def unknown(i):
 
 @gluon.jit
 def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot, k_slot):
-    """dQ's part of this warpgroup, [64, 64], from dS of all keys; not waited for. Its place in shared memory is free then."""
+    """dQ's part of this warpgroup, [64, 64], from dS of all keys; not waited for."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DQ_TILE, 16])
-    tma.store_wait(0)
     zero = gl.full([DQ_TILE, DQ_TILE], 0.0, gl.float32, layout)
     ds_MN = shared.ds.index(unknown(ds_slot)).permute((1, 0))
     k_ND = shared.k.index(unknown(k_slot)).reshape([KEYS, problem.HEAD_DIM])
@@ -413,6 +412,8 @@ def add_tiles(
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
+    # At head_dim 64 its registers would be spilled.
+    DQ_FIRST: gl.constexpr = HEAD_DIM == 128
     zero_NM = gl.full([OWN_KEYS, QUERIES], 0.0, gl.float32, s_layout)
     for i in range(first, last):
         slot = step % STAGES
@@ -440,9 +441,17 @@ def add_tiles(
         delta_M = shared.delta.index(slot).load(of_query)
         ds_NM = (p_NM * (dp_NM - gl.expand_dims(delta_M, 0))).to(dtype)
         synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
-        shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(ds_NM)
-        fence_async_shared()
-        dq = issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot)
+        own_ds = shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
+        if DQ_FIRST:
+            dq = issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot)
+            tma.store_wait(0)
+            own_ds.store(ds_NM)
+            fence_async_shared()
+        else:
+            own_ds.store(ds_NM)
+            fence_async_shared()
+            tma.store_wait(0)
+            dq = issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot)
         dk = warpgroup_mma(gl.convert_layout(ds_NM, left), q_MD, dk_ND, is_async=True)
         dq, dv_ND = warpgroup_mma_wait(1, deps=(dq, dv))
         arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
@@ -472,6 +481,7 @@ def pass_tiles(INDEX: gl.constexpr, problem, item, shared, dq_desc, head, k_slot
         synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
         shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(zero_NM)
         fence_async_shared()
+        tma.store_wait(0)
         dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot),))
         arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
         arrive_if_zero(step - started, K_FREE, LOADING)
@@ -554,6 +564,7 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
         mbarrier.wait(shared.work_full.index(taken % ITEMS), taken // ITEMS & 1)
         batch = take(shared.work.index(taken % ITEMS * ITEM_FIELDS))
     synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
+    tma.store_wait(0)
     dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot),))
     add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
     tma.store_wait(0)
