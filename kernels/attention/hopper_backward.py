@@ -7,7 +7,7 @@ float32 in global memory by TMA.
 
       load, one warp                    shared memory                          compute, each warpgroup
 
-    claim a work item
+    claim a work item, when the last tile of the one before is requested
     for each tile of queries i:
       wait free[slot]
       the first: the item  ------->  work[2]           -- work_full ------>  take the item
@@ -17,8 +17,8 @@ float32 in global memory by TMA.
       TMA: K  -------------------->  k[2]              -- q_full[slot] --->    dV += P dO                                 dV
                  wait V_FREE                                                   (last tile: arrive at V_FREE)
       TMA: V  -------------------->  v[1 or 2]         -- dout_full --->       dS = P (dP - delta)   under dV
-                                     ds[2]  <------------------------------    dS of 64 keys, half a slot
                                      ds[2]  -- ds_ready[other] ---------->     dQ of i - 1           (all 128 keys)       dQ
+                                     ds[2]  <------------------------------    dS of 64 keys, half a slot
                                                                                dK += dS Q                                 dK
                                      dq[warpgroup]  <----------------------    dQ of i - 1: TMA adds it to global memory  under dK
                                                                                (first tile: arrive at K_FREE)
@@ -36,7 +36,8 @@ phase as long as nobody arrives for one use before all have synchronised for the
       what it then fills is what they need to arrive again. It waits in the order in which they arrive. K_FREE of item n, in its first step, says that
       K of item n - 1 is free, and so the loading warp waits for it before it loads K of item n + 1. Arrivals of the last uses stay unanswered.
     ds_ready, two a warpgroup, for even and odd steps: it arrives when it has stored its dS of i and has its dQ of i - 1; the other synchronises in
-      step i + 1 before it stores its own dS. It arrives for i + 2 after the other's dS of i + 1, and so after the other synchronised for i.
+      step i + 1 before it issues its dQ of i and stores its own dS. It arrives for i + 2 after the other's dS of i + 1, and so after the other
+      synchronised for i.
     START: the first warpgroup arrives when it has its first scores, and the second synchronises before it starts, so that one computes while the
       other multiplies.
 
@@ -47,6 +48,7 @@ So the two may drift apart by almost a step, less the time of one dQ.
 
 A warpgroup waits at three barriers a step: for dS of the other; for TMA to have read the last dQ; and for all to have stored the next. The
 compiler adds none because the second stands where it wants one anyway, between the store of a dS and a product that may for all it knows read it.
+At head_dim 128 the product comes first, and the matrix units need not wait for the store; at 64, where its registers would be spilled, the store.
 
 dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128). It is kept in another
 order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `convert_kernel` brings it back.
