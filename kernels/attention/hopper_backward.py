@@ -164,6 +164,7 @@ class Problem:
     CAUSAL: gl.constexpr
     TAIL: gl.constexpr  # the last keys' tile is not full
     V_SLOTS: gl.constexpr  # as many as shared memory holds
+    STAGGERED: gl.constexpr  # the second warpgroup starts an item half a step after the first; or else is ahead by the tiles that it passes by
 
     @gluon.constexpr_function
     def __init__(self, batch, kv_heads, seq_q, seq_k, heads_at_once, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
@@ -178,6 +179,7 @@ class Problem:
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.TAIL = gl.constexpr(TAIL)
         self.V_SLOTS = gl.constexpr(128 // HEAD_DIM)
+        self.STAGGERED = gl.constexpr(not CAUSAL or QUERIES > OWN_KEYS)
 
     @gluon.jit
     def all_tiles(self):
@@ -430,8 +432,8 @@ def add_tiles(
         v_ND = shared.v.index(unknown(k_slot % problem.V_SLOTS)).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
         dp_NM = warpgroup_mma(v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         s_NM = warpgroup_mma_wait(1, deps=(s_NM,))
-        if INDEX == 0:
-            arrive_if_zero(step, START, COMPUTING)
+        if INDEX == 0 and problem.STAGGERED:
+            arrive_if_zero(step - started, START, COMPUTING)
         lse_M = shared.lse.index(slot).load(of_query)
         p_NM = gl.exp2(s_NM * scale_log2 - gl.expand_dims(lse_M, 0))
         if MASKED:
@@ -531,8 +533,6 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
     dq_k_slot = 0
     mbarrier.wait(shared.work_full.index(0), 0)
     batch = take(shared.work.index(0))
-    if INDEX == 1:
-        synchronise(START, COMPUTING)  # the first warpgroup has its first scores: from now on each computes while the other multiplies
     while batch >= 0:
         field = taken % ITEMS * ITEM_FIELDS
         kv_head = take(shared.work.index(field + 1))
@@ -543,6 +543,8 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
         k_slot = taken % K_SLOTS
         started = step
         end = step + problem.GROUP * item.tiles
+        if INDEX == 1 and problem.STAGGERED:
+            synchronise(START, COMPUTING)  # the first warpgroup has the item's first scores: from now on each computes while the other multiplies
         for member in range(problem.GROUP):
             head = item.first_head + member
             first = 0
