@@ -208,9 +208,11 @@ def take_field(shared, slot, FIELD: gl.constexpr):
 def work_item(item, heads_at_once, batch_heads, query_tiles, CAUSAL: gl.constexpr):
     """(head in the batch, tile of queries) of an item. Causal: tiles that see most keys first, over heads whose keys L2 holds together."""
     if CAUSAL:
-        first_head = item // (heads_at_once * query_tiles) * heads_at_once
+        last_group = gl.maximum(batch_heads // heads_at_once, 1) - 1  # has the rest as well: a small one would leave programs without work
+        group = gl.minimum(item // (heads_at_once * query_tiles), last_group)
+        first_head = group * heads_at_once
+        heads = gl.where(group == last_group, batch_heads - first_head, heads_at_once)
         rank = item - first_head * query_tiles
-        heads = gl.minimum(heads_at_once, batch_heads - first_head)
         return first_head + rank % heads, query_tiles - 1 - rank // heads
     return item // query_tiles, item % query_tiles
 
@@ -266,23 +268,26 @@ def load(problem, shared, q_desc, k_desc, v_desc, counter, heads_at_once):
         for i in gl.static_range(WARPGROUPS):
             q_MD = shared.q.index(slot * WARPGROUPS + i)
             tma.async_copy_global_to_shared(q_desc, [batch, head, first_query + i * QUERIES, 0], shared.q_full.index(slot), q_MD)
-        ticket = claim(counter)
         tiles = problem.key_tiles(first_query, TILE)
         kv_head = head // group
         if KEYS_AHEAD:
             request_keys(problem, shared, k_desc, batch, kv_head, (tiles - 1) * problem.KEYS, step)
-        for i in range(tiles):
+        for i in range(tiles - 1):
             first_key = (tiles - 1 - i) * problem.KEYS
-            if not KEYS_AHEAD:
-                request_keys(problem, shared, k_desc, batch, kv_head, first_key, step)
-            elif i + 1 < tiles:
+            if KEYS_AHEAD:
                 request_keys(problem, shared, k_desc, batch, kv_head, first_key - problem.KEYS, step + 1)
+            else:
+                request_keys(problem, shared, k_desc, batch, kv_head, first_key, step)
             request_values(problem, shared, v_desc, batch, kv_head, first_key, step)
             step += 1
-            if i == 0:  # divisions take long, and now there is time
-                item = gl.num_programs(0) + claimed(ticket)
-                batch_head, query_tile = work_item(item, heads_at_once, batch_heads, query_tiles, problem.CAUSAL)
+        ticket = claim(counter)  # not before: an item claimed early waits while others, whose items end sooner, find none
+        if not KEYS_AHEAD:
+            request_keys(problem, shared, k_desc, batch, kv_head, 0, step)
+        request_values(problem, shared, v_desc, batch, kv_head, 0, step)
+        step += 1
         taken += 1
+        item = gl.num_programs(0) + claimed(ticket)
+        batch_head, query_tile = work_item(item, heads_at_once, batch_heads, query_tiles, problem.CAUSAL)
 
     slot = taken % Q_SLOTS
     if taken >= Q_SLOTS:
