@@ -38,8 +38,9 @@ phase as long as nobody arrives for one use before all have synchronised for the
     ds_ready, two a warpgroup, for even and odd steps: it arrives when it has stored its dS of i and has its dQ of i - 1; the other synchronises in
       step i + 1 before it issues its dQ of i and stores its own dS. It arrives for i + 2 after the other's dS of i + 1, and so after the other
       synchronised for i.
-    START: the first warpgroup arrives when it has its first scores, and the second synchronises before it starts, so that one computes while the
-      other multiplies.
+    START: the first warpgroup arrives when it has the first dP of an item, and the second synchronises before it starts the item, so that one
+      computes while the other multiplies. An item's V, or at head_dim 64 its K, is loaded when the second has started the item before. In causal
+      attention at head_dim 128 nobody waits: the second passes tiles by and is ahead by itself.
 
 An item is put into work[n % 2] when free[slot] says that both have done a step of item n - 2 or later, and so have taken that.
 
@@ -432,14 +433,14 @@ def add_tiles(
         v_ND = shared.v.index(unknown(k_slot % problem.V_SLOTS)).reshape([KEYS, HEAD_DIM]).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
         dp_NM = warpgroup_mma(v_ND, dout_MD.permute((1, 0)), zero_NM, use_acc=False, is_async=True)
         s_NM = warpgroup_mma_wait(1, deps=(s_NM,))
-        if INDEX == 0 and problem.STAGGERED:
-            arrive_if_zero(step - started, START, COMPUTING)
         lse_M = shared.lse.index(slot).load(of_query)
         p_NM = gl.exp2(s_NM * scale_log2 - gl.expand_dims(lse_M, 0))
         if MASKED:
             p_NM = hide(p_NM, first_query, INDEX, problem, item)
         dv = warpgroup_mma(gl.convert_layout(p_NM.to(dtype), left), dout_MD, dv_ND, is_async=True)
         dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
+        if INDEX == 0 and problem.STAGGERED:
+            arrive_if_zero(step - started, START, COMPUTING)
         if problem.V_SLOTS == 1:
             arrive_if_zero(end - 1 - step, V_FREE, LOADING)
         delta_M = shared.delta.index(slot).load(of_query)
@@ -544,7 +545,7 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
         started = step
         end = step + problem.GROUP * item.tiles
         if INDEX == 1 and problem.STAGGERED:
-            synchronise(START, COMPUTING)  # the first warpgroup has the item's first scores: from now on each computes while the other multiplies
+            synchronise(START, COMPUTING)
         for member in range(problem.GROUP):
             head = item.first_head + member
             first = 0
