@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from inspect import unwrap
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -171,6 +172,8 @@ def kept_launch(which: str, tile: Tile):
         for name, (module, kernel) in LAUNCHES.items():
             patches.enter_context(patch.object(module, kernel, launches[name]))
             patches.enter_context(patch.object(module, "tile", lambda *asked: tile if asked[1] == which else present(*asked)))
+        for module, plan in ((triton_forward, "forward_plan"), (triton_backward, "backward_plan")):  # none of another tile, and none kept
+            patches.enter_context(patch.object(module, plan, unwrap(getattr(module, plan))))
         yield launches[which]
 
 

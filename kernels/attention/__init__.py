@@ -1,8 +1,7 @@
 """Scaled dot-product attention behind one function, `attention`; every backend computes the same function of the same tensors."""
 
 import math
-from contextlib import nullcontext
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch.nn.attention import SDPBackend
@@ -94,33 +93,68 @@ def _attend(
     causal, window, document_ids, cu_seqlens, alibi_slopes, softcap, sinks, dropout_p, scale, backend, deterministic, return_lse,
 ):  # fmt: skip
     """packed: the tensor that q, k and v are slices of; or None."""
-    _check_shapes(q, k, v)
-    _check_options(q, k, softcap, sinks, dropout_p, scale)
+    # What was asked for once is not looked into again: on a GPU the CPU must keep ahead. torch.compile and its tensors without data have
+    # symbolic sizes, which nothing is found by.
+    kind = _known_kind if q.is_cuda and type(q) is torch.Tensor and not torch.compiler.is_dynamo_compiling() else _kind
+    backend, rules = kind(
+        (q.shape, k.shape, v.shape), (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device),
+        causal, tuple(window) if isinstance(window, list) else window, softcap, dropout_p, scale, backend, deterministic, return_lse,
+        document_ids is not None, cu_seqlens is not None, alibi_slopes is not None, sinks is not None,
+    )  # fmt: skip
+    if document_ids is not None or cu_seqlens is not None:
+        start, end = _documents(q, document_ids, cu_seqlens)
+        rules = rules._replace(doc_start=start, doc_end=end, cu_seqlens=cu_seqlens)
+    if alibi_slopes is not None:
+        rules = rules._replace(alibi_slopes=_slopes(q, alibi_slopes))
+    if sinks is not None and not (sinks.shape == q.shape[2:3] and sinks.is_floating_point() and sinks.device == q.device):
+        raise ValueError(f"attention: sinks must be one floating-point number a query head, [{q.shape[2]}] on {q.device}, got {_of(sinks)}")
+    if dropout_p > 0:
+        rules = rules._replace(seed=torch.randint(2**63 - 1, (2,), device=q.device))
+    if packed is not None and backend == "triton":
+        compute = partial(_triton_packed, packed, q.shape[2], k.shape[2], rules=rules, sinks=sinks, return_lse=return_lse)
+    else:
+        compute = partial(_IMPLEMENTATIONS[backend], q, k, v, rules=rules, sinks=sinks, return_lse=return_lse)
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        # It would change some operations of some backends: all of them compute in the dtype that they are given.
+        with torch.autocast(device_type, enabled=False):
+            out, lse = compute()
+    else:
+        out, lse = compute()
+    return (out, lse) if return_lse else out
+
+
+def _kind(
+    shapes, dtypes, devices, causal, window, softcap, dropout_p, scale, backend, deterministic, return_lse, ids, cu_seqlens, alibi, sinks
+) -> tuple[str, Rules]:
+    """(the backend, the rules without their tensors) of a call whose arguments fit together; the last four: whether there are such."""
+    _check_shapes(shapes, dtypes, devices)
+    _check_options(softcap, dropout_p, scale)
+    q, k, v = shapes
+    seq_q, seq_k, head_dim = q[1], k[1], q[3]
+    left, right = _bounds(causal, window)
+    if ids and cu_seqlens:
+        raise ValueError("attention: document_ids and cu_seqlens say the same thing; give one of them")
+    if (ids or cu_seqlens) and seq_q != seq_k:
+        raise ValueError(f"attention: documents need as many queries as keys, got {seq_q} and {seq_k}")
     rules = Rules(
-        q.shape[3] ** -0.5 if scale is None else float(scale),
-        k.shape[1] - q.shape[1],
-        *_bounds(causal, window),
-        *_documents(q, k, document_ids, cu_seqlens),
-        cu_seqlens,
-        _slopes(q, alibi_slopes),
-        softcap,
-        dropout_p,
-        deterministic=deterministic,
-    )
+        head_dim**-0.5 if scale is None else float(scale), seq_k - seq_q, left, right,
+        softcap=softcap, dropout_p=dropout_p, deterministic=deterministic,
+    )  # fmt: skip
     asked = dict(
-        device_type=q.device.type,
-        dtype=q.dtype,
-        head_dim=q.shape[3],
-        value_head_dim=v.shape[3],
-        compute_capability=_compute_capability(q.device),
-        grouped=True if q.shape[2] != k.shape[2] else False,  # a bool, where torch.compile has symbolic sizes
-        unequal_causal=(rules.left is not None or rules.right is not None) and q.shape[1] != k.shape[1],
-        window=(rules.left is not None or rules.right is not None) and not rules.causal,
-        document_ids=document_ids is not None,
-        cu_seqlens=cu_seqlens is not None,
-        alibi=alibi_slopes is not None,
+        device_type=devices[0].type,
+        dtype=dtypes[0],
+        head_dim=head_dim,
+        value_head_dim=v[3],
+        compute_capability=_compute_capability(devices[0]),
+        grouped=True if q[2] != k[2] else False,  # a bool, where torch.compile has symbolic sizes
+        unequal_causal=(left is not None or right is not None) and seq_q != seq_k,
+        window=(left is not None or right is not None) and not rules.causal,
+        document_ids=ids,
+        cu_seqlens=cu_seqlens,
+        alibi=alibi,
         softcap=softcap is not None,
-        sinks=sinks is not None,
+        sinks=sinks,
         dropout=dropout_p > 0,
         return_lse=return_lse,
         deterministic=deterministic,
@@ -129,16 +163,10 @@ def _attend(
         backend, _ = choose(**asked)
     elif reason := unsupported(backend, **asked):
         raise ValueError(reason)
-    if dropout_p > 0:
-        rules = rules._replace(seed=torch.randint(2**63 - 1, (2,), device=q.device))
-    device_type = q.device.type
-    # Autocast would change some operations of some backends: all of them compute in the dtype that they are given.
-    with torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext():
-        if packed is not None and backend == "triton":
-            out, lse = _triton_packed(packed, q.shape[2], k.shape[2], rules, sinks, return_lse)
-        else:
-            out, lse = _IMPLEMENTATIONS[backend](q, k, v, rules=rules, sinks=sinks, return_lse=return_lse)
-    return (out, lse) if return_lse else out
+    return backend, rules
+
+
+_known_kind = lru_cache(4096)(_kind)  # lengths that differ from call to call would fill the memory
 
 
 def _compute_capability(device):
@@ -147,32 +175,31 @@ def _compute_capability(device):
     return read_compute_capability(device) if torch.compiler.is_compiling() else compute_capability(device)
 
 
-def _check_shapes(q, k, v):
+def _check_shapes(shapes, dtypes, devices):
+    q, k, v = shapes
     wrong = None
-    if not q.ndim == k.ndim == v.ndim == 4:
+    if not len(q) == len(k) == len(v) == 4:
         wrong = "q, k and v are [batch, seq, heads, head_dim]"
-    elif k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+    elif k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3]:
         wrong = "q and k must agree in batch and head_dim, k and v in all dimensions but the last"
-    elif k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+    elif k[2] == 0 or q[2] % k[2]:
         wrong = "the number of query heads must be a multiple of the number of key heads"
-    elif q.shape[3] == 0 or v.shape[3] == 0:
+    elif q[3] == 0 or v[3] == 0:
         wrong = "head_dim must be above 0"
     if wrong:
-        raise ValueError(f"attention: {wrong}, got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}")
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
-        got = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"attention: {wrong}, got q {list(q)}, k {list(k)}, v {list(v)}")
+    if not (dtypes[0] == dtypes[1] == dtypes[2] and devices[0] == devices[1] == devices[2]):
+        got = ", ".join(f"{dtype} on {device}" for dtype, device in zip(dtypes, devices))
         raise ValueError(f"attention: q, k and v must share dtype and device, got {got}")
 
 
-def _check_options(q, k, softcap, sinks, dropout_p, scale):
+def _check_options(softcap, dropout_p, scale):
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"attention: scale must be above 0 and finite, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"attention: softcap must be above 0 and finite, got {softcap}; None has no cap")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"attention: dropout_p must be from 0 to below 1, got {dropout_p}")
-    if sinks is not None and not (sinks.shape == q.shape[2:3] and sinks.is_floating_point() and sinks.device == q.device):
-        raise ValueError(f"attention: sinks must be one floating-point number a query head, [{q.shape[2]}] on {q.device}, got {_of(sinks)}")
 
 
 def _bounds(causal, window) -> tuple[int | None, int | None]:
@@ -188,15 +215,9 @@ def _bounds(causal, window) -> tuple[int | None, int | None]:
     return left, 0 if causal else right
 
 
-def _documents(q, k, document_ids, cu_seqlens) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _documents(q, document_ids, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor]:
     """doc_start and doc_end of `Rules`."""
-    if document_ids is None and cu_seqlens is None:
-        return None, None
-    if document_ids is not None and cu_seqlens is not None:
-        raise ValueError("attention: document_ids and cu_seqlens say the same thing; give one of them")
     batch, seq = q.shape[:2]
-    if seq != k.shape[1]:
-        raise ValueError(f"attention: documents need as many queries as keys, got {seq} and {k.shape[1]}")
     if document_ids is not None:
         if document_ids.shape != (batch, seq) or document_ids.dtype is not torch.int32 or document_ids.device != q.device:
             raise ValueError(f"attention: document_ids must be int32 [{batch}, {seq}] on {q.device}, got {_of(document_ids)}")
@@ -211,8 +232,6 @@ def _documents(q, k, document_ids, cu_seqlens) -> tuple[torch.Tensor | None, tor
 
 def _slopes(q, slopes):
     """[1 or batch, heads]."""
-    if slopes is None:
-        return None
     batch, _, heads, _ = q.shape
     if slopes.shape not in ((heads,), (batch, heads)) or slopes.dtype is not torch.float32 or slopes.device != q.device:
         expected = f"float32 [{heads}] or [{batch}, {heads}] on {q.device}"
@@ -228,16 +247,14 @@ def _of(x: torch.Tensor) -> str:
 
 # Those below import on first use: a CPU installation of torch comes without triton, and flash-attn may not be there.
 def _triton(q, k, v, *, rules, sinks, return_lse):
-    from kernels.attention.operators import call
-    from kernels.attention.triton_forward import attention_forward
+    from kernels.attention.triton_forward import attention_forward, call
 
     out, lse = call(attention_forward, q, k, v, rules.causal, rules.scale, *_triton_features(rules, sinks))
     return out, lse * LN_2 if return_lse else None
 
 
-def _triton_packed(packed, heads, kv_heads, rules, sinks, return_lse):
-    from kernels.attention.operators import call
-    from kernels.attention.triton_packed import attention_packed_forward
+def _triton_packed(packed, heads, kv_heads, *, rules, sinks, return_lse):
+    from kernels.attention.triton_packed import attention_packed_forward, call
 
     out, lse = call(attention_packed_forward, packed, heads, kv_heads, rules.causal, rules.scale, *_triton_features(rules, sinks))
     return out, lse * LN_2 if return_lse else None
@@ -245,14 +262,14 @@ def _triton_packed(packed, heads, kv_heads, rules, sinks, return_lse):
 
 def _triton_features(rules, sinks):
     """The fields of `triton_forward.Features`."""
-    slopes = rules.alibi_slopes[0] if rules.alibi_slopes is not None and len(rules.alibi_slopes) == 1 else rules.alibi_slopes
-    right = None if rules.causal else rules.right
-    return rules.left, right, rules.softcap, slopes, sinks, rules.doc_start, rules.doc_end, rules.dropout_p, rules.seed
+    _, _, left, right, doc_start, doc_end, _, slopes, softcap, dropout_p, seed, _ = rules
+    if slopes is not None and len(slopes) == 1:
+        slopes = slopes[0]
+    return left, None if rules.causal else right, softcap, slopes, sinks, doc_start, doc_end, dropout_p, seed
 
 
 def _hopper(q, k, v, *, rules, sinks, return_lse):
-    from kernels.attention.hopper_forward import attention_forward
-    from kernels.attention.operators import call
+    from kernels.attention.hopper_forward import attention_forward, call
 
     out, lse = call(attention_forward, q, k, v, rules.causal, rules.scale, rules.deterministic)
     return out, lse * LN_2 if return_lse else None

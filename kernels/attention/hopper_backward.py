@@ -62,7 +62,8 @@ the most queries first, over heads whose tensors L2 holds together.
 Names carry their shape: M queries of a tile, N the 64 keys of a warpgroup, D head_dim.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -80,21 +81,22 @@ from kernels.attention.hopper_shared import (
     LOAD_REGISTERS,
     WARPGROUP,
     Descriptor,
+    View,
     arrive,
     claim,
     claimed,
-    descriptor,
     in_place,
     multiprocessors,
     put,
     readable_by_tma,
     synchronise,
     take,
+    view,
     work_counter,
 )
-from kernels.attention.operators import launch, launch_specialised, operator
-from kernels.attention.triton_backward import ROWS_PER_PROGRAM, launch_rows
-from kernels.attention.triton_forward import LOG2_E, blocks, dense_rows, strides
+from kernels.attention.operators import launch, launch_specialised, layouts, operator, planned
+from kernels.attention.triton_backward import ROWS_PER_PROGRAM, plan_rows
+from kernels.attention.triton_forward import LOG2_E, blocks, dense_rows, row_strides
 from kernels.attention.triton_tiles import store_rows
 
 WARPGROUPS = gl.constexpr(2)
@@ -661,41 +663,72 @@ def convert_kernel(
     store_rows(base, dq_row, first, seq, sums_MD * scale, HEAD_DIM, BLOCK_M, HEAD_DIM)
 
 
+class Plan(NamedTuple):
+    """Of the launches what does not change with the tensors' addresses."""
+
+    rows: Callable  # the launch of the rows' kernel, which takes its tensors
+    padded: tuple[int, int, int]  # batch, heads and rows of log-sum-exps and deltas
+    programs: int
+    views: tuple[View, ...]  # of q, k, v and dout; of log-sum-exps and of deltas; of dQ's sums; of dk and dv
+    rest: tuple
+    key: tuple
+    convert: Callable  # the launch of `convert_kernel`
+
+
+@planned
+def plan_backward(device: torch.device, dtype: torch.dtype, of: tuple, causal: bool, scale: float) -> Plan:
+    """of: `layouts` of q, k, v, dout, dk, dv, out and dq."""
+    of_q, of_k, of_v, of_dout, of_dk, of_dv, of_out, of_dq = of
+    (batch, seq_q, heads, head_dim), (_, seq_k, kv_heads, _) = of_q[0], of_k[0]
+    group, queries = heads // kv_heads, queries_per_tile(head_dim)
+    rows = blocks(seq_q, queries) * queries
+    # Two bytes each in K, V, Q and dO, four in dQ
+    heads_at_once = max(1, L2_FOR_A_GROUP // (head_dim * (4 * seq_k + 8 * group * seq_q)))
+    of_kernel = Constants(group, causal, seq_k % KEYS.value != 0)
+    of_rows = View([batch * heads * rows], [1], [queries], one_dimensional())
+    tile = [1, DQ_TILE.value, DQ_TILE.value]
+    views = (
+        view(of_q, queries, dtype), view(of_k, KEYS.value, dtype), view(of_v, KEYS.value, dtype), view(of_dout, queries, dtype),
+        of_rows, of_rows, View([batch * heads, rows, head_dim], [rows * head_dim, head_dim, 1], tile, dq_layout()),
+        view(of_dk, OWN_KEYS.value, dtype), view(of_dv, OWN_KEYS.value, dtype),
+    )  # fmt: skip
+    return Plan(
+        plan_rows(of_dout, of_out, rows),
+        (batch, heads, rows),
+        min(blocks(seq_k, KEYS.value) * batch * kv_heads, multiprocessors(device)),
+        views,
+        (scale, scale * LOG2_E, heads_at_once, *of_kernel),
+        (device.index, dtype, head_dim, of_kernel),
+        partial(
+            launch_specialised, convert_kernel, blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads,
+            numbers=(heads, seq_q, rows, scale, *row_strides((of_dq,))), constants=(head_dim, ROWS_PER_PROGRAM),
+        ),
+    )  # fmt: skip
+
+
 def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, dq, dk, dv) -> None:
     """Writes dq, dk and dv."""
     if q.numel() == 0 or k.numel() == 0:
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    batch, seq_q, heads, head_dim = q.shape
-    seq_k, kv_heads = k.shape[1:3]
-    group, queries = heads // kv_heads, queries_per_tile(head_dim)
-    q, k, v, dout = (readable_by_tma(x) for x in (q, k, v, dout))
+    (q, k, v, dout, dk, dv), of = readable_by_tma(q, k, v, dout, dk, dv)
+    out, lse = dense_rows(out), lse.contiguous()
+    plan = plan_backward(q.device, q.dtype, of + layouts(out, dq), causal, scale)
+    delta = lse.new_empty(plan.padded)
+    padded_lse = None if delta.shape == lse.shape else torch.empty_like(delta)
+    sums = lse.new_zeros((*plan.padded, q.shape[3]))
+    described = q, k, v, dout, lse if padded_lse is None else padded_lse, delta, sums, dk, dv
+    descriptors = [Descriptor(x, view) for x, view in zip(described, plan.views)]
+    counter = work_counter(q.device)
     with torch.cuda.device_of(q):
-        rows = blocks(seq_q, queries) * queries
-        lse_log2, delta = launch_rows(dout, dlse, dense_rows(out), lse.contiguous(), rows)
-        sums = torch.zeros(batch * heads, rows, head_dim, dtype=torch.float32, device=q.device)
-        of_rows = [lse_log2.numel()], [1], [queries], one_dimensional()
-        # Two bytes each in K, V, Q and dO, four in dQ
-        heads_at_once = max(1, L2_FOR_A_GROUP // (head_dim * (4 * seq_k + 8 * group * seq_q)))
-        of = Constants(group, causal, seq_k % KEYS.value != 0)
-        arguments = (
-            descriptor(q, queries), descriptor(k, KEYS.value), descriptor(v, KEYS.value), descriptor(dout, queries),
-            Descriptor(lse_log2, *of_rows), Descriptor(delta, *of_rows),
-            Descriptor(sums, list(sums.shape), list(sums.stride()), [1, DQ_TILE.value, DQ_TILE.value], dq_layout()),
-            descriptor(dk, OWN_KEYS.value), descriptor(dv, OWN_KEYS.value),
-            work_counter(q.device), scale, scale * LOG2_E, heads_at_once, *of,
-        )  # fmt: skip
-        programs = min(blocks(seq_k, KEYS.value) * batch * kv_heads, multiprocessors(q.device))
-        launch(backward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, of), OPTIONS)
-        programs = blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads
-        launch_specialised(
-            convert_kernel, programs, (sums, dq), (heads, seq_q, rows, scale, *strides(dq)), (head_dim, ROWS_PER_PROGRAM)
-        )  # fmt: skip
+        plan.rows((dout, None if dlse is None else dlse.contiguous(), out, lse, padded_lse, delta))
+        launch(backward_kernel, plan.programs, descriptors, (counter,), plan.rest, plan.key, OPTIONS)
+        plan.convert((sums, dq))
 
 
 def _gradients(dout, dlse, q, k, v, *_):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @operator(

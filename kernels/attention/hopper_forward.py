@@ -58,19 +58,21 @@ from kernels.attention.hopper_shared import (
     FIRST_FREE_BARRIER,
     LOAD_REGISTERS,
     WARPGROUP,
+    Descriptor,
+    View,
     arrive,
     claim,
     claimed,
-    descriptor,
     in_place,
     multiprocessors,
     put,
     readable_by_tma,
     synchronise,
     take,
+    view,
     work_counter,
 )
-from kernels.attention.operators import call, differentiable, launch, operator
+from kernels.attention.operators import call, differentiable, launch, operator, planned
 from kernels.attention.triton_forward import LOG2_E, outputs
 from kernels.attention.tuning import HopperTile, hopper_tile
 
@@ -565,27 +567,47 @@ def constants(tile: HopperTile, causal: bool, seq_q: int, seq_k: int) -> Constan
     )  # fmt: skip
 
 
+class Plan(NamedTuple):
+    """Of a launch what does not change with the tensors' addresses."""
+
+    programs: int
+    views: tuple[View, ...]  # of q, k, v and out
+    rest: tuple
+    key: tuple
+    options: dict
+
+
+@planned
+def plan_forward(device: torch.device, dtype: torch.dtype, of: tuple, causal: bool, scale: float) -> Plan:
+    """of: `layouts` of q, k, v and out."""
+    ((batch, seq_q, heads, head_dim), _), ((_, seq_k, kv_heads, _), _), _, _ = of
+    tile = hopper_tile(head_dim, causal, seq_q, seq_k)
+    items = batch * heads * triton.cdiv(seq_q, tile.warpgroups * QUERIES.value)
+    heads_at_once = max(1, L2_FOR_KEYS // (4 * seq_k * head_dim)) * (heads // kv_heads)  # 4: two bytes in K, two in V
+    rows = QUERIES.value, tile.keys, tile.keys, QUERIES.value
+    of_kernel = constants(tile, causal, seq_q, seq_k)
+    return Plan(
+        min(items, tile.programs * multiprocessors(device)),
+        tuple(view(x, n, dtype) for x, n in zip(of, rows)),
+        (scale * LOG2_E, heads_at_once, *of_kernel),
+        (device.index, dtype, head_dim, tile, of_kernel),
+        compile_options(tile),
+    )
+
+
 def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_forward` past the dispatcher; with a `new_trace`, the kernel that fills it."""
-    out, lse = outputs(q, k, v, causal, scale)
-    batch, seq_q, heads, head_dim = q.shape
-    seq_k, kv_heads = k.shape[1:3]
-    if seq_k == 0:
+    out, lse = outputs(q, k, v)
+    if k.shape[1] == 0:
         return out.zero_(), lse.fill_(-math.inf)
     if out.numel() == 0:
         return out, lse
-    tile = hopper_tile(head_dim, causal, seq_q, seq_k)
-    items = batch * heads * triton.cdiv(seq_q, tile.warpgroups * QUERIES.value)
-    programs = min(items, tile.programs * multiprocessors(q.device))
-    heads_at_once = max(1, L2_FOR_KEYS // (4 * seq_k * head_dim)) * (heads // kv_heads)  # 4: two bytes in K, two in V
-    q, k, v = readable_by_tma(q), readable_by_tma(k), readable_by_tma(v)
-    of = constants(tile, causal, seq_q, seq_k)
-    arguments = (
-        descriptor(q, QUERIES.value), descriptor(k, tile.keys), descriptor(v, tile.keys), descriptor(out, QUERIES.value),
-        lse, work_counter(q.device), trace, scale * LOG2_E, heads_at_once, *of,
-    )  # fmt: skip
+    tensors, of = readable_by_tma(q, k, v, out)
+    plan = plan_forward(q.device, q.dtype, of, causal, scale)
+    descriptors = [Descriptor(x, view) for x, view in zip(tensors, plan.views)]
+    counter = work_counter(q.device)
     with torch.cuda.device_of(q):
-        launch(forward_kernel, programs, arguments, (q.device.index, q.dtype, head_dim, tile, of, trace is None), compile_options(tile))
+        launch(forward_kernel, plan.programs, descriptors, (lse, counter, trace), plan.rest, (*plan.key, trace is None), plan.options)
     return out, lse
 
 
@@ -602,7 +624,8 @@ def new_trace(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
 
 
 @operator(
-    "hopper_attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool deterministic=False) -> (Tensor, Tensor)", outputs
+    "hopper_attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool deterministic=False) -> (Tensor, Tensor)",
+    outputs,
 )
 def attention_forward(q, k, v, causal, scale, deterministic=False):
     """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, of base 2) of the tensors that `attention` describes.

@@ -1,11 +1,16 @@
 """What the Hopper kernels of both passes share: the hardware's named barriers, work items, TMA's view of a tensor."""
 
-from functools import cache
+from functools import cache, reduce
+from operator import or_
+from typing import NamedTuple
 
 import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.attention.operators import layouts, planned
 
 WARPGROUP = gl.constexpr(128)  # threads
 FIRST_FREE_BARRIER = gl.constexpr(5)  # of the hardware's 16; Triton takes 0, 1 and one for each partition
@@ -62,11 +67,21 @@ def in_place(n, beside):
     return ",".join(["=f"] * n + [str(i) for i in range(n)] + [beside] * n)
 
 
+class View(NamedTuple):
+    """How TMA sees a tensor."""
+
+    shape: list[int]
+    strides: list[int]
+    block_shape: list[int]
+    layout: gl.NVMMASharedLayout
+
+
 class Descriptor(TensorDescriptor):
     """Without the checks, 4 microseconds each time: `readable_by_tma` has seen to what they check."""
 
-    def __post_init__(self):
-        pass
+    def __init__(self, base: torch.Tensor, view: View):
+        self.base = base
+        self.shape, self.strides, self.block_shape, self.layout = view
 
 
 @cache
@@ -74,20 +89,27 @@ def shared_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMAShare
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], GLUON_TYPES[dtype])
 
 
-def descriptor(x: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA's view of [batch, seq, heads, head_dim] as [batch, heads, seq, head_dim], in boxes of `rows` rows of one head."""
-    batch, seq, heads, head_dim = x.shape
-    of_batch, of_seq, of_heads, _ = x.stride()
-    layout = shared_layout(rows, head_dim, x.dtype)
-    return Descriptor(x, [batch, heads, seq, head_dim], [of_batch, of_heads, of_seq, 1], [1, 1, rows, head_dim], layout)
+def view(of: tuple, rows: int, dtype: torch.dtype) -> View:
+    """TMA's view of [batch, seq, heads, head_dim] as [batch, heads, seq, head_dim], in boxes of `rows` rows of one head; of: its `layouts`."""
+    (batch, seq, heads, head_dim), (of_batch, of_seq, of_heads, _) = of
+    layout = shared_layout(rows, head_dim, dtype)
+    return View([batch, heads, seq, head_dim], [of_batch, of_heads, of_seq, 1], [1, 1, rows, head_dim], layout)
 
 
-def readable_by_tma(x: torch.Tensor) -> torch.Tensor:
-    """x itself, or a copy where its rows do not start at multiples of 16 bytes, 8 elements."""
-    of_batch, of_seq, of_heads, of_head_dim = x.stride()
-    if (of_batch | of_seq | of_heads) % 8 == 0 and of_head_dim == 1 and x.data_ptr() % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
+@planned
+def aligned_rows(of: tuple) -> bool:
+    """Whether in all `layouts` rows are dense, and start at multiples of 16 bytes, 8 elements, if the tensor does."""
+    return all((of_batch | of_seq | of_heads) % 8 == 0 and of_head_dim == 1 for _, (of_batch, of_seq, of_heads, of_head_dim) in of)
+
+
+def readable_by_tma(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], tuple]:
+    """(the tensors, `layouts` of them); of those whose rows do not start at multiples of 16 bytes, copies."""
+    of = layouts(*tensors)
+    if aligned_rows(of) and reduce(or_, map(torch.Tensor.data_ptr, tensors)) % 16 == 0:
+        return tensors, of
+    readable = [aligned_rows(layouts(x)) and x.data_ptr() % 16 == 0 for x in tensors]
+    tensors = [x if fits else x.clone(memory_format=torch.contiguous_format) for x, fits in zip(tensors, readable)]
+    return tensors, layouts(*tensors)
 
 
 @cache
@@ -103,7 +125,7 @@ def work_counter(device: torch.device) -> torch.Tensor:
     for each launch that a CUDA graph records, since graphs are replayed on any stream."""
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    key = device.index, triton.runtime.driver.active.get_current_stream(device.index)
     if key not in _counters:
         _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _counters[key]

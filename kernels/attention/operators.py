@@ -4,12 +4,17 @@ Both look at every argument anew in each call, which takes longer than a small p
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, reduce
+from itertools import repeat
+from operator import or_
 
 import torch
 import triton
 from torch import _C
 from torch.autograd.function import once_differentiable
+from triton.compiler import CompiledKernel
+
+from kernels.attention.backends import INTERPRETED
 
 LIBRARY = torch.library.Library("recipe", "FRAGMENT")
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float}  # inputs that are what they seem
@@ -34,8 +39,9 @@ def operator(schema: str, fake: Callable) -> Callable[[Callable], torch._ops.OpO
 def call(operator: torch._ops.OpOverload, *inputs):
     """operator(*inputs); where nobody looks on (no torch.compile, no mode such as selective checkpointing's, no torch.func, no subclass of
     tensors) past the dispatcher, which would take 20 to 40 us to bring a dozen inputs back to Python."""
-    looked_on = torch.compiler.is_compiling() or _C._len_torch_dispatch_stack() > 0 or _C._functorch.peek_interpreter_stack() is not None
-    if looked_on or not PLAIN.issuperset(map(type, inputs)):
+    if torch.compiler.is_dynamo_compiling() or _C._len_torch_dispatch_stack() > 0 or _C._functorch.peek_interpreter_stack() is not None:
+        return operator(*inputs)
+    if not PLAIN.issuperset(map(type, inputs)):
         return operator(*inputs)
     return _eager[operator](*inputs)
 
@@ -49,24 +55,30 @@ def differentiable(operator: torch._ops.OpOverload, save_for_backward: Callable,
     """
 
     name = operator.name().removeprefix("recipe::")
-    function = _eager[operator]
 
-    def recorded(compute):
-        """compute(keyset, *inputs), recorded by autograd where an input needs a gradient."""
+    def recorded(compute, keysets: int):
+        """compute(*inputs), recorded by autograd where an input needs a gradient; before the schema's inputs there may be a keyset."""
 
-        def forward(ctx, keyset, *inputs):
-            outputs = compute(keyset, *inputs)
-            save_for_backward(ctx, inputs, outputs)
+        def forward(ctx, *inputs):
+            outputs = compute(*inputs)
+            save_for_backward(ctx, inputs[keysets:], outputs)
             return outputs
 
-        def backward(ctx, *gradients):
-            return None, *differentiate(ctx, *gradients)[: len(ctx.needs_input_grad) - 1]
+        def gradients(ctx, *of_outputs):
+            return (None,) * keysets + differentiate(ctx, *of_outputs)
 
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+        once = once_differentiable(gradients)
+
+        def backward(ctx, *of_outputs):
+            return (once if torch.is_grad_enabled() else gradients)(ctx, *of_outputs)
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         node = type(name, (torch.autograd.Function,), methods)
+        # Function.apply looks at each input for what torch.func has left of it; `call` has seen that torch.func is not at work.
+        apply = node.apply if keysets else super(torch.autograd.Function, node).apply
 
-        def record(keyset, *inputs):
-            return (node.apply if torch.is_grad_enabled() and _C._any_requires_grad(*inputs) else compute)(keyset, *inputs)
+        def record(*inputs):
+            return (apply if torch.is_grad_enabled() and _C._any_requires_grad(*inputs) else compute)(*inputs)
 
         return record
 
@@ -74,23 +86,47 @@ def differentiable(operator: torch._ops.OpOverload, save_for_backward: Callable,
         with _C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset & _C._after_autograd_keyset, *inputs)
 
-    LIBRARY.impl(name, recorded(redispatch), "Autograd", with_keyset=True)
-    _eager[operator] = partial(recorded(lambda _, *inputs: function(*inputs)), None)
+    LIBRARY.impl(name, recorded(redispatch, keysets=1), "Autograd", with_keyset=True)
+    _eager[operator] = recorded(_eager[operator], keysets=0)
 
 
-_compiled: dict[tuple, triton.compiler.CompiledKernel] = {}
-_calls: dict[tuple, triton.compiler.CompiledKernel] = {}
 MOST_CALLS = 4096  # kept: lengths that differ from call to call would fill the memory
 
+# Decorator of what follows from shapes, strides and numbers alone: found out once. (Tests change the tiles of Triton's interpreter.)
+planned = (lambda function: function) if INTERPRETED else lru_cache(MOST_CALLS)
 
-def launch(kernel, programs: int, arguments: tuple, key: tuple, options: dict) -> None:
-    """kernel[(programs,)](*arguments, **options), found by `key`, all that its compilation depends on, the device included."""
-    key = kernel, *key
-    if key in _compiled:
-        # An address in place of a tensor: for each tensor Triton's launcher asks the driver whether a GPU can read it.
-        _compiled[key][(programs, 1, 1)](*(x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments))
+_compiled: dict[tuple, CompiledKernel] = {}
+_calls: dict[tuple, CompiledKernel] = {}
+
+
+def layouts(*tensors: torch.Tensor) -> tuple:
+    """What a plan is found by: (shape, strides) of each."""
+    return tuple([(x.shape, x.stride()) for x in tensors])
+
+
+def _start(compiled: CompiledKernel, device: int, programs: int, arguments: tuple) -> None:
+    """compiled[(programs, 1, 1)](*arguments), without what Triton makes for profilers' hooks where there are none.
+
+    arguments: addresses in place of tensors: for each tensor Triton's launcher would ask the driver whether a GPU can read it.
+    """
+    runtime = triton.knobs.runtime
+    hooked = getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True)
+    if hooked or not isinstance(compiled, CompiledKernel):
+        compiled[(programs, 1, 1)](*arguments)
     else:
-        _compiled[key] = kernel[(programs, 1, 1)](*arguments, **options)
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+
+def launch(kernel, programs: int, descriptors: tuple, tensors: tuple, rest: tuple, key: tuple, options: dict) -> None:
+    """kernel[(programs,)](*descriptors, *tensors, *rest, **options), found by `key`, all that its compilation depends on, the device's
+    index first; each of tensors may be None."""
+    key = id(kernel), *key
+    if compiled := _compiled.get(key):
+        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        _start(compiled, key[1], programs, (*descriptors, *addresses, *rest))
+    else:
+        _compiled[key] = kernel[(programs, 1, 1)](*descriptors, *tensors, *rest, **options)
 
 
 def launch_specialised(kernel, programs: int, tensors: tuple, numbers: tuple, constants: tuple, **options) -> None:
@@ -105,13 +141,15 @@ def launch_specialised(kernel, programs: int, tensors: tuple, numbers: tuple, co
         kernel[(programs,)](*tensors, *numbers, *constants, **options)
         return
     addresses = [None if x is None else x.data_ptr() for x in tensors]
+    dtypes = map(getattr, tensors, repeat("dtype"), repeat(None))
+    # Without loops in Python: most often all are multiples of 16.
+    aligned = reduce(or_, filter(None, addresses), 0) % 16 == 0 or tuple([address and address % 16 == 0 for address in addresses])
+    device = torch.cuda.current_device()
     # By the numbers themselves, and not by what of them Triton compiles for (their width, whether 16 divides them, whether they are 1):
-    # that takes longer to find out than all else here, and is left to Triton, once for each shape.
-    key = kernel, torch.cuda.current_device(), *numbers, *constants, *options.values(), *(
-        None if x is None else (x.dtype, address % 16 == 0) for x, address in zip(tensors, addresses)
-    )  # fmt: skip
-    if key in _calls:
-        _calls[key][(programs, 1, 1)](*addresses, *numbers, *constants)
+    # that takes longer to find out than all else here, and is left to Triton, once for each shape. (A kernel's own hash takes long, too.)
+    key = id(kernel), device, numbers, constants, aligned, *options.values(), *dtypes
+    if compiled := _calls.get(key):
+        _start(compiled, device, programs, (*addresses, *numbers, *constants))
         return
     if len(_calls) == MOST_CALLS:
         _calls.clear()

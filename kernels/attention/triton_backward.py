@@ -5,12 +5,27 @@ per query tile. Names carry their shape, as in triton_tiles.py. The key kernel c
 left operands as they stand.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.operators import launch_specialised, operator
-from kernels.attention.triton_forward import FEATURES_SCHEMA, Features, blocks, dense_rows, dot_precision, kernel_arguments, strides, widths
+from kernels.attention.operators import launch_specialised, layouts, operator, planned
+from kernels.attention.triton_forward import (
+    FEATURES_SCHEMA,
+    Features,
+    asked,
+    blocks,
+    dense,
+    dense_rows,
+    dot_precision,
+    kernel_arguments,
+    pointers,
+    row_strides,
+    widths,
+)
 from kernels.attention.triton_tiles import (
     LOG2_E,
     UNSPECIALISED,
@@ -270,56 +285,55 @@ def dq_kernel(
     store_rows(dq + batch * dq_batch + head * dq_head, dq_row, first_query, seq_q, dq_MD * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
-def launch_rows(dout, dlse, out, lse, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(lse, delta), float32 [batch, heads, rows], rows at least seq_q, lse of base 2; lse and the last dimensions of dout and out are dense."""
-    batch, seq_q, heads, value_dim = out.shape
-    delta = torch.empty(batch, heads, rows, dtype=torch.float32, device=out.device)
-    padded_lse = None if rows == seq_q else torch.empty_like(delta)
-    dlse = None if dlse is None else dlse.contiguous()
-    launch_specialised(
-        row_kernel, blocks(rows, ROWS_PER_PROGRAM) * batch * heads,
-        (dout, dlse, out, lse, padded_lse, delta),
-        (heads, seq_q, rows, LOG2_E, *strides(dout), *strides(out)),
-        (*widths(value_dim, value_dim)[2:], ROWS_PER_PROGRAM),
+def plan_rows(of_dout: tuple, of_out: tuple, rows: int) -> Callable:
+    """The launch of `row_kernel`, which takes its tensors; rows: at least seq_q."""
+    (batch, seq_q, heads, value_dim), _ = of_out
+    return partial(
+        launch_specialised, row_kernel, blocks(rows, ROWS_PER_PROGRAM) * batch * heads,
+        numbers=(heads, seq_q, rows, LOG2_E, *row_strides((of_dout, of_out))),
+        constants=(*widths(value_dim, value_dim)[2:], ROWS_PER_PROGRAM),
     )  # fmt: skip
-    return lse if padded_lse is None else padded_lse, delta
+
+
+@planned
+def backward_plan(device, dtype, precision, of, causal: bool, scale: float, asked: tuple) -> tuple[Callable, Callable, Callable]:
+    """The three kernels' launches, which take their tensors; of: `layouts` of q, k, v, dout, out, dq, dk and dv."""
+    of_q, of_k, of_v, of_dout, of_out, of_dq, of_dk, of_dv = of
+    batch, seq_q, heads, head_dim = of_q[0]
+    _, seq_k, kv_heads, value_dim = of_v[0]
+    numbers, causal, score_features, bounded = kernel_arguments(causal, seq_q, seq_k, *asked)
+
+    def plan(which, kernel, rows, side, heads_of_rows, of):
+        tiles = tile(device, which, dtype, max(head_dim, value_dim), score_features, bounded)
+        constants = (
+            heads // kv_heads, *widths(head_dim, value_dim), tiles.queries, tiles.keys,
+            causal, seq_q % tiles.queries == 0, seq_k % tiles.keys == 0, precision,
+        )  # fmt: skip
+        return partial(
+            launch_specialised, kernel, blocks(rows, getattr(tiles, side)) * batch * heads_of_rows,
+            numbers=(heads_of_rows, seq_q, seq_k, scale, scale * LOG2_E, *numbers, *row_strides(of)), constants=constants,
+            num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+
+    dkdv = plan("dkdv", dkdv_kernel, seq_k, "keys", kv_heads, (of_q, of_k, of_v, of_dout, of_dk, of_dv))
+    dq = plan("dq", dq_kernel, seq_q, "queries", heads, (of_q, of_k, of_v, of_dout, of_dq))
+    return plan_rows(of_dout, of_out, seq_q), dkdv, dq
 
 
 def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, features: Features, dq, dk, dv) -> torch.Tensor:
     """Writes dq, dk and dv, whose last dimensions are dense; returns the sinks' gradient, float32 [heads], empty without sinks."""
-    q, k, v, dout, out = (dense_rows(x) for x in (q, k, v, dout, out))
-    batch, seq_q, heads, head_dim = q.shape
-    seq_k, kv_heads, value_dim = v.shape[1:]
+    of = layouts(q, k, v, dout, out, dq, dk, dv)
+    if not dense(of):
+        q, k, v, dout, out = (dense_rows(x) for x in (q, k, v, dout, out))
+        of = layouts(q, k, v, dout, out, dq, dk, dv)
     lse = lse.contiguous()
-    pointers, numbers, causal, score_features, bounded = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
-    width = widths(head_dim, value_dim)
-    group, precision, widest = heads // kv_heads, dot_precision(q.dtype), max(head_dim, value_dim)
-
+    delta = torch.empty_like(lse)
+    rows, dkdv, of_queries = backward_plan(q.device, q.dtype, dot_precision(q.dtype), of, causal, scale, asked(features))
+    given = pointers(features, q.shape[0], q.shape[2])
     with torch.cuda.device_of(q):
-        _, delta = launch_rows(dout, dlse, out, lse, seq_q)
-        block_m, block_n, warps, stages = tile(q.device, "dkdv", q.dtype, widest, score_features, bounded)
-        launch_specialised(
-            dkdv_kernel, blocks(seq_k, block_n) * batch * kv_heads,
-            (q, k, v, dout, lse, delta, dk, dv, *pointers),
-            (
-                kv_heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
-                *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dk), *strides(dv),
-            ),
-            (group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision),
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
-
-        block_m, block_n, warps, stages = tile(q.device, "dq", q.dtype, widest, score_features, bounded)
-        launch_specialised(
-            dq_kernel, blocks(seq_q, block_m) * batch * heads,
-            (q, k, v, dout, lse, delta, dq, *pointers),
-            (
-                heads, seq_q, seq_k, scale, scale * LOG2_E, *numbers,
-                *strides(q), *strides(k), *strides(v), *strides(dout), *strides(dq),
-            ),
-            (group, *width, block_m, block_n, causal, seq_q % block_m == 0, seq_k % block_n == 0, precision),
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,
-        )  # fmt: skip
+        rows((dout, None if dlse is None else dlse.contiguous(), out, lse, None, delta))
+        dkdv((q, k, v, dout, lse, delta, dk, dv, *given))
+        of_queries((q, k, v, dout, lse, delta, dq, *given))
     if features.sinks is None:
         return lse.new_empty(0)
     # dS = P * (dP - delta), as for any key, with dP = 0: the sink has no value. Where L is -inf, so is the sink.
@@ -340,5 +354,5 @@ def _gradients(dout, dlse, q, k, v, out, lse, causal, scale, *features):
 def attention_backward(dout, dlse, q, k, v, out, lse, causal, scale, *features):
     """(dq, dk, dv), shaped as q, k and v, and dsinks, float32 [heads] (empty without sinks), from the gradients of `attention_forward`'s
     two outputs and all it saved."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     return dq, dk, dv, launch_backward(dout, dlse, q, k, v, out, lse, causal, scale, Features(*features), dq, dk, dv)

@@ -3,7 +3,8 @@
 Names carry their shape, as in triton_tiles.py.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import dropout
-from kernels.attention.operators import call, differentiable, launch_specialised, operator
+from kernels.attention.operators import call, differentiable, launch_specialised, layouts, operator, planned
 from kernels.attention.triton_tiles import (
     INTO_BASE_2,
     LOG2_E,
@@ -49,7 +50,6 @@ class Features(NamedTuple):
     dropout_seed: torch.Tensor | None = None  # int64 [2], see dropout.keep_mask
 
 
-TENSOR_FEATURES = ("alibi_slopes", "sinks", "doc_start", "doc_end", "dropout_seed")
 FEATURES_SCHEMA = (
     "SymInt? window_left=None, SymInt? window_right=None, float? softcap=None, Tensor? alibi_slopes=None, Tensor? sinks=None, "
     "Tensor? doc_start=None, Tensor? doc_end=None, float dropout_p=0.0, Tensor? dropout_seed=None"
@@ -149,11 +149,13 @@ def forward_kernel(
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """The kernels read rows of consecutive elements, at any stride that keeps offsets inside a tile (at most 256 rows) in 32 bits."""
-    return x if x.stride(-1) == 1 and x.stride(1) < 2**31 // 256 else x.contiguous()
+    return x if dense(layouts(x)) else x.contiguous()
 
 
-def strides(x: torch.Tensor) -> tuple[int, int, int]:
-    return x.stride()[:3]
+@planned
+def dense(of: tuple) -> bool:
+    """Whether rows are such in all `layouts`."""
+    return all(strides[3] == 1 and strides[1] < 2**31 // 256 for _, strides in of)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -177,57 +179,79 @@ def widths(head_dim: int, value_dim: int) -> tuple[int, int, int, int]:
 
 
 class Arguments(NamedTuple):
-    """The features as the kernels take them."""
+    """The features as the kernels take them, but for pointers."""
 
-    pointers: tuple  # alibi_slopes, doc_start, doc_end, dropout_seed
     numbers: tuple  # softcap_log2, window_left, window_right, dropout_threshold
     causal: bool
     score_features: bool  # these two choose the tile
     bounded: bool
 
 
-def kernel_arguments(features: Features, causal: bool, batch: int, heads: int, seq_q: int, seq_k: int) -> Arguments:
-    left, right, softcap, slopes, _, doc_start, doc_end, dropout_p, seed = features
+def asked(features: Features) -> tuple:
+    """What `kernel_arguments` depends on."""
+    left, right, softcap, slopes, _, doc_start, _, dropout_p, _ = features
+    return left, right, softcap, slopes is not None, doc_start is not None, dropout_p
+
+
+def kernel_arguments(causal: bool, seq_q: int, seq_k: int, left, right, softcap, slopes, documents, dropout_p) -> Arguments:
     causal = causal or right == 0
     # A window that hides nothing is no window: the plain kernel serves it.
     left = None if left is None or left >= seq_k - 1 else left
     right = None if causal or right is None or right >= seq_q - 1 else right
+    has_dropout = dropout_p > 0
+    softcap_log2 = None if softcap is None else softcap * LOG2_E
+    numbers = softcap_log2, left, right, dropout.threshold(dropout_p) if has_dropout else None
+    score_features = softcap is not None or slopes or has_dropout
+    return Arguments(numbers, causal, score_features, bounded=left is not None or right is not None or documents)
+
+
+def pointers(features: Features, batch: int, heads: int) -> tuple:
+    """alibi_slopes, doc_start, doc_end, dropout_seed, as the kernels read them."""
+    _, _, _, slopes, _, doc_start, doc_end, dropout_p, seed = features
     if slopes is not None:
         slopes = slopes.float().expand(batch, heads).contiguous()
     if doc_start is not None:
         doc_start, doc_end = doc_start.contiguous(), doc_end.contiguous()
-    has_dropout = dropout_p > 0
-    pointers = slopes, doc_start, doc_end, seed.contiguous() if has_dropout else None
-    softcap_log2 = None if softcap is None else softcap * LOG2_E
-    numbers = softcap_log2, left, right, dropout.threshold(dropout_p) if has_dropout else None
-    score_features = softcap is not None or slopes is not None or has_dropout
-    return Arguments(pointers, numbers, causal, score_features, bounded=left is not None or right is not None or doc_start is not None)
+    return slopes, doc_start, doc_end, seed.contiguous() if dropout_p > 0 else None
+
+
+@planned
+def forward_plan(device, dtype, precision, of, causal: bool, scale: float, asked: tuple) -> Callable:
+    """The kernel's launch, which takes its tensors; of: `layouts` of q, k, v and out."""
+    ((batch, seq_q, heads, head_dim), _), _, ((_, seq_k, kv_heads, value_dim), _), _ = of
+    numbers, causal, score_features, bounded = kernel_arguments(causal, seq_q, seq_k, *asked)
+    block_m, block_n, warps, stages = tile(device, "forward", dtype, max(head_dim, value_dim), score_features, bounded)
+    constants = (
+        heads // kv_heads, *widths(head_dim, value_dim), block_m, block_n,
+        causal, seq_q % block_m == 0, seq_k % block_n == 0, precision,
+    )  # fmt: skip
+    return partial(
+        launch_specialised, forward_kernel, blocks(seq_q, block_m) * batch * heads,
+        numbers=(heads, seq_q, seq_k, scale * LOG2_E, *numbers, *row_strides(of)), constants=constants,
+        num_warps=warps, num_stages=stages, enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
+    )  # fmt: skip
+
+
+def row_strides(of: tuple) -> list[int]:
+    """Of batch, row and head of each layout."""
+    return [stride for _, strides in of for stride in strides[:3]]
 
 
 def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-    batch, seq_q, heads, head_dim = q.shape
-    seq_k, kv_heads, value_dim = v.shape[1:]
     out, lse = outputs(q, k, v)
-    pointers, numbers, causal, score_features, bounded = kernel_arguments(features, causal, batch, heads, seq_q, seq_k)
-    block_m, block_n, warps, stages = tile(q.device, "forward", q.dtype, max(head_dim, value_dim), score_features, bounded)
+    of = layouts(q, k, v, out)
+    if not dense(of):
+        q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+        of = layouts(q, k, v, out)
+    plan = forward_plan(q.device, q.dtype, dot_precision(q.dtype), of, causal, scale, asked(features))
     with torch.cuda.device_of(q):
-        launch_specialised(
-            forward_kernel, blocks(seq_q, block_m) * batch * heads,
-            (q, k, v, out, lse, features.sinks, *pointers),
-            (heads, seq_q, seq_k, scale * LOG2_E, *numbers, *strides(q), *strides(k), *strides(v), *strides(out)),
-            (
-                heads // kv_heads, *widths(head_dim, value_dim), block_m, block_n,
-                causal, seq_q % block_m == 0, seq_k % block_n == 0, dot_precision(q.dtype),
-            ),
-            num_warps=warps, num_stages=stages, enable_fp_fusion=True,  # no longer the default from Triton 3.10 on
-        )  # fmt: skip
+        plan((q, k, v, out, lse, features.sinks, *pointers(features, q.shape[0], q.shape[2])))
     return out, lse
 
 
 def outputs(q, k, v, *_):
     batch, seq_q, heads, _ = q.shape
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
+    return q.new_empty((batch, seq_q, heads, v.shape[3])), q.new_empty((batch, heads, seq_q), dtype=torch.float32)
 
 
 @operator(f"attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)", outputs)
@@ -240,32 +264,38 @@ def attention_forward(q, k, v, causal, scale, *features):
     return launch_forward(q, k, v, causal, scale, Features(*features))
 
 
-def keep_for_backward(ctx, tensors, causal: bool, scale: float, features: Features) -> None:
-    ctx.causal, ctx.scale, ctx.features = causal, scale, features._replace(**dict.fromkeys(TENSOR_FEATURES))
-    ctx.save_for_backward(*tensors, *(getattr(features, name) for name in TENSOR_FEATURES))
+def keep_for_backward(
+    ctx, tensors, causal, scale,
+    left=None, right=None, softcap=None, slopes=None, sinks=None, doc_start=None, doc_end=None, dropout_p=0.0, seed=None,
+) -> None:  # fmt: skip
+    ctx.numbers = causal, scale, left, right, softcap, dropout_p
+    ctx.save_for_backward(*tensors, slopes, sinks, doc_start, doc_end, seed)
     ctx.set_materialize_grads(False)
 
 
-def kept_for_backward(ctx) -> tuple[tuple[torch.Tensor, ...], Features]:
-    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-    tensors, features = saved[: -len(TENSOR_FEATURES)], saved[-len(TENSOR_FEATURES) :]
-    return tensors, ctx.features._replace(**dict(zip(TENSOR_FEATURES, features)))
+def kept_for_backward(ctx) -> tuple:
+    """(*tensors, causal, scale, features)."""
+    *tensors, slopes, sinks, doc_start, doc_end, seed = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    causal, scale, left, right, softcap, dropout_p = ctx.numbers
+    return *tensors, causal, scale, Features(left, right, softcap, slopes, sinks, doc_start, doc_end, dropout_p, seed)
+
+
+NO_GRADIENTS = tuple(Features(dropout_p=None))
 
 
 def feature_gradients(features: Features, dsinks: torch.Tensor) -> tuple:
-    dsinks = None if features.sinks is None else dsinks.to(features.sinks.dtype)
-    return tuple(Features(dropout_p=None, sinks=dsinks))
+    return NO_GRADIENTS if features.sinks is None else tuple(Features(dropout_p=None, sinks=dsinks.to(features.sinks.dtype)))
 
 
 def save_for_backward(ctx, inputs, output):
-    q, k, v, causal, scale, *features = inputs
-    keep_for_backward(ctx, (q, k, v, *output), causal, scale, Features(*features))
+    q, k, v, *others = inputs
+    keep_for_backward(ctx, (q, k, v, *output), *others)
 
 
 def differentiate(ctx, dout, dlse):
-    (q, k, v, out, lse), features = kept_for_backward(ctx)
+    q, k, v, out, lse, causal, scale, features = kept_for_backward(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dsinks = call(triton_backward.attention_backward, dout, dlse, q, k, v, out, lse, ctx.causal, ctx.scale, *features)
+    dq, dk, dv, dsinks = call(triton_backward.attention_backward, dout, dlse, q, k, v, out, lse, causal, scale, *features)
     return dq, dk, dv, None, None, *feature_gradients(features, dsinks)
 
 

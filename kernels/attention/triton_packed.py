@@ -51,14 +51,14 @@ def attention_packed_backward(dout, dlse, qkv, out, lse, heads, kv_heads, causal
 
 
 def _save_for_backward(ctx, inputs, output):
-    qkv, ctx.heads, ctx.kv_heads, causal, scale, *features = inputs
-    keep_for_backward(ctx, (qkv, *output), causal, scale, Features(*features))
+    qkv, ctx.heads, ctx.kv_heads, *others = inputs
+    keep_for_backward(ctx, (qkv, *output), *others)
 
 
 def _differentiate(ctx, dout, dlse):
-    (qkv, out, lse), features = kept_for_backward(ctx)
+    qkv, out, lse, causal, scale, features = kept_for_backward(ctx)
     dout = torch.zeros_like(out) if dout is None else dout
-    dqkv, dsinks = call(attention_packed_backward, dout, dlse, qkv, out, lse, ctx.heads, ctx.kv_heads, ctx.causal, ctx.scale, *features)
+    dqkv, dsinks = call(attention_packed_backward, dout, dlse, qkv, out, lse, ctx.heads, ctx.kv_heads, causal, scale, *features)
     return dqkv, None, None, None, None, *feature_gradients(features, dsinks)
 
 
