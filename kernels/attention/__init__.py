@@ -249,23 +249,24 @@ def _of(x: torch.Tensor) -> str:
 def _triton(q, k, v, *, rules, sinks, return_lse):
     from kernels.attention.triton_forward import attention_forward, call
 
-    out, lse = call(attention_forward, q, k, v, rules.causal, rules.scale, *_triton_features(rules, sinks))
+    out, lse = call(attention_forward, q, k, v, *_triton_options(rules, sinks))
     return out, lse * LN_2 if return_lse else None
 
 
 def _triton_packed(packed, heads, kv_heads, *, rules, sinks, return_lse):
     from kernels.attention.triton_packed import attention_packed_forward, call
 
-    out, lse = call(attention_packed_forward, packed, heads, kv_heads, rules.causal, rules.scale, *_triton_features(rules, sinks))
+    out, lse = call(attention_packed_forward, packed, heads, kv_heads, *_triton_options(rules, sinks))
     return out, lse * LN_2 if return_lse else None
 
 
-def _triton_features(rules, sinks):
-    """The fields of `triton_forward.Features`."""
-    _, _, left, right, doc_start, doc_end, _, slopes, softcap, dropout_p, seed, _ = rules
+def _triton_options(rules, sinks):
+    """causal, scale and the fields of `triton_forward.Features`."""
+    scale, _, left, right, doc_start, doc_end, _, slopes, softcap, dropout_p, seed, _ = rules
+    causal = rules.causal
     if slopes is not None and len(slopes) == 1:
         slopes = slopes[0]
-    return left, None if rules.causal else right, softcap, slopes, sinks, doc_start, doc_end, dropout_p, seed
+    return causal, scale, left, None if causal else right, softcap, slopes, sinks, doc_start, doc_end, dropout_p, seed
 
 
 def _hopper(q, k, v, *, rules, sinks, return_lse):

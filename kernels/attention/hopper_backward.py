@@ -721,10 +721,9 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
     described = q, k, v, dout, lse if padded_lse is None else padded_lse, delta, sums, dk, dv
     descriptors = [Descriptor(x, view) for x, view in zip(described, plan.views)]
     counter = work_counter(q.device)
-    with torch.cuda.device_of(q):
-        plan.rows((dout, None if dlse is None else dlse.contiguous(), out, lse, padded_lse, delta))
-        launch(backward_kernel, plan.programs, descriptors, (counter,), plan.rest, plan.key, OPTIONS)
-        plan.convert((sums, dq))
+    plan.rows((dout, None if dlse is None else dlse.contiguous(), out, lse, padded_lse, delta))
+    launch(backward_kernel, plan.programs, descriptors, (counter,), plan.rest, plan.key, OPTIONS)
+    plan.convert((sums, dq))
 
 
 def _gradients(dout, dlse, q, k, v, *_):

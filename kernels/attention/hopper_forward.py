@@ -606,8 +606,7 @@ def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | No
     plan = plan_forward(q.device, q.dtype, of, causal, scale)
     descriptors = [Descriptor(x, view) for x, view in zip(tensors, plan.views)]
     counter = work_counter(q.device)
-    with torch.cuda.device_of(q):
-        launch(forward_kernel, plan.programs, descriptors, (lse, counter, trace), plan.rest, (*plan.key, trace is None), plan.options)
+    launch(forward_kernel, plan.programs, descriptors, (lse, counter, trace), plan.rest, (*plan.key, trace is None), plan.options)
     return out, lse
 
 

@@ -19,18 +19,26 @@ from kernels.attention.backends import INTERPRETED
 LIBRARY = torch.library.Library("recipe", "FRAGMENT")
 PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float}  # inputs that are what they seem
 
-_eager: dict[torch._ops.OpOverload, Callable] = {}  # what an operator does where eager autograd alone takes part in a call
+# By an operator's id, since its hash is a function in Python: what it does where eager autograd alone takes part in a call.
+_eager: dict[int, Callable] = {}
 
 
 def operator(schema: str, fake: Callable) -> Callable[[Callable], torch._ops.OpOverload]:
-    """Decorator: makes of a function the operator recipe::`schema`; `fake` returns empty tensors like its results, which it must not share."""
+    """Decorator: makes of a function the operator recipe::`schema`; `fake` returns empty tensors like its results, which it must not share.
+    The device of the first input, a tensor, is the current one within, as Triton expects."""
 
     def define(function: Callable) -> torch._ops.OpOverload:
+        def on_device(x, *inputs):
+            if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+                return function(x, *inputs)
+            with torch.cuda.device_of(x):
+                return function(x, *inputs)
+
         name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, on_device, "CompositeExplicitAutograd")
         torch.library.register_fake(f"recipe::{name}", fake, lib=LIBRARY)
         operator = getattr(torch.ops.recipe, name).default
-        _eager[operator] = function
+        _eager[id(operator)] = on_device
         return operator
 
     return define
@@ -43,7 +51,7 @@ def call(operator: torch._ops.OpOverload, *inputs):
         return operator(*inputs)
     if not PLAIN.issuperset(map(type, inputs)):
         return operator(*inputs)
-    return _eager[operator](*inputs)
+    return _eager[id(operator)](*inputs)
 
 
 def differentiable(operator: torch._ops.OpOverload, save_for_backward: Callable, differentiate: Callable) -> None:
@@ -64,13 +72,12 @@ def differentiable(operator: torch._ops.OpOverload, save_for_backward: Callable,
             save_for_backward(ctx, inputs[keysets:], outputs)
             return outputs
 
-        def gradients(ctx, *of_outputs):
-            return (None,) * keysets + differentiate(ctx, *of_outputs)
+        def backward(ctx, *gradients):
+            if torch.is_grad_enabled():  # then the backward itself is recorded
+                return once(ctx, *gradients)
+            return (None,) * keysets + differentiate(ctx, *gradients)
 
-        once = once_differentiable(gradients)
-
-        def backward(ctx, *of_outputs):
-            return (once if torch.is_grad_enabled() else gradients)(ctx, *of_outputs)
+        once = once_differentiable(backward)
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         node = type(name, (torch.autograd.Function,), methods)
@@ -87,7 +94,7 @@ def differentiable(operator: torch._ops.OpOverload, save_for_backward: Callable,
             return operator.redispatch(keyset & _C._after_autograd_keyset, *inputs)
 
     LIBRARY.impl(name, recorded(redispatch, keysets=1), "Autograd", with_keyset=True)
-    _eager[operator] = recorded(_eager[operator], keysets=0)
+    _eager[id(operator)] = recorded(_eager[id(operator)], keysets=0)
 
 
 MOST_CALLS = 4096  # kept: lengths that differ from call to call would fill the memory
@@ -95,8 +102,8 @@ MOST_CALLS = 4096  # kept: lengths that differ from call to call would fill the 
 # Decorator of what follows from shapes, strides and numbers alone: found out once. (Tests change the tiles of Triton's interpreter.)
 planned = (lambda function: function) if INTERPRETED else lru_cache(MOST_CALLS)
 
-_compiled: dict[tuple, CompiledKernel] = {}
-_calls: dict[tuple, CompiledKernel] = {}
+_compiled: dict[tuple, Callable] = {}
+_calls: dict[tuple, Callable] = {}
 
 
 def layouts(*tensors: torch.Tensor) -> tuple:
@@ -104,29 +111,37 @@ def layouts(*tensors: torch.Tensor) -> tuple:
     return tuple([(x.shape, x.stride()) for x in tensors])
 
 
-def _start(compiled: CompiledKernel, device: int, programs: int, arguments: tuple) -> None:
-    """compiled[(programs, 1, 1)](*arguments), without what Triton makes for profilers' hooks where there are none.
+def _starter(compiled: CompiledKernel, device: int) -> Callable[[int, tuple], None]:
+    """Of (programs, arguments): compiled[(programs, 1, 1)](*arguments), without what Triton makes for profilers' hooks where there are none.
 
     arguments: addresses in place of tensors: for each tensor Triton's launcher would ask the driver whether a GPU can read it.
     """
-    runtime = triton.knobs.runtime
-    hooked = getattr(runtime.launch_enter_hook, "calls", True) or getattr(runtime.launch_exit_hook, "calls", True)
-    if hooked or not isinstance(compiled, CompiledKernel):
+
+    def start_with_hooks(programs, arguments):
         compiled[(programs, 1, 1)](*arguments)
-    else:
-        stream = triton.runtime.driver.active.get_current_stream(device)
-        compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+    def start(programs, arguments):
+        if getattr(hooks.launch_enter_hook, "calls", True) or getattr(hooks.launch_exit_hook, "calls", True):
+            start_with_hooks(programs, arguments)
+        else:
+            run(programs, 1, 1, current_stream(device), function, metadata, None, None, None, *arguments)
+
+    if not isinstance(compiled, CompiledKernel):
+        return start_with_hooks
+    hooks, current_stream = triton.knobs.runtime, triton.runtime.driver.active.get_current_stream
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    return start
 
 
 def launch(kernel, programs: int, descriptors: tuple, tensors: tuple, rest: tuple, key: tuple, options: dict) -> None:
     """kernel[(programs,)](*descriptors, *tensors, *rest, **options), found by `key`, all that its compilation depends on, the device's
     index first; each of tensors may be None."""
     key = id(kernel), *key
-    if compiled := _compiled.get(key):
+    if start := _compiled.get(key):
         addresses = [None if x is None else x.data_ptr() for x in tensors]
-        _start(compiled, key[1], programs, (*descriptors, *addresses, *rest))
+        start(programs, (*descriptors, *addresses, *rest))
     else:
-        _compiled[key] = kernel[(programs, 1, 1)](*descriptors, *tensors, *rest, **options)
+        _compiled[key] = _starter(kernel[(programs, 1, 1)](*descriptors, *tensors, *rest, **options), key[1])
 
 
 def launch_specialised(kernel, programs: int, tensors: tuple, numbers: tuple, constants: tuple, **options) -> None:
@@ -148,9 +163,9 @@ def launch_specialised(kernel, programs: int, tensors: tuple, numbers: tuple, co
     # By the numbers themselves, and not by what of them Triton compiles for (their width, whether 16 divides them, whether they are 1):
     # that takes longer to find out than all else here, and is left to Triton, once for each shape. (A kernel's own hash takes long, too.)
     key = id(kernel), device, numbers, constants, aligned, *options.values(), *dtypes
-    if compiled := _calls.get(key):
-        _start(compiled, device, programs, (*addresses, *numbers, *constants))
+    if start := _calls.get(key):
+        start(programs, (*addresses, *numbers, *constants))
         return
     if len(_calls) == MOST_CALLS:
         _calls.clear()
-    _calls[key] = kernel[(programs, 1, 1)](*tensors, *numbers, *constants, **options)
+    _calls[key] = _starter(kernel[(programs, 1, 1)](*tensors, *numbers, *constants, **options), device)

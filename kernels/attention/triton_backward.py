@@ -330,10 +330,9 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     delta = torch.empty_like(lse)
     rows, dkdv, of_queries = backward_plan(q.device, q.dtype, dot_precision(q.dtype), of, causal, scale, asked(features))
     given = pointers(features, q.shape[0], q.shape[2])
-    with torch.cuda.device_of(q):
-        rows((dout, None if dlse is None else dlse.contiguous(), out, lse, None, delta))
-        dkdv((q, k, v, dout, lse, delta, dk, dv, *given))
-        of_queries((q, k, v, dout, lse, delta, dq, *given))
+    rows((dout, None if dlse is None else dlse.contiguous(), out, lse, None, delta))
+    dkdv((q, k, v, dout, lse, delta, dk, dv, *given))
+    of_queries((q, k, v, dout, lse, delta, dq, *given))
     if features.sinks is None:
         return lse.new_empty(0)
     # dS = P * (dP - delta), as for any key, with dP = 0: the sink has no value. Where L is -inf, so is the sink.

@@ -244,8 +244,7 @@ def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> t
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
         of = layouts(q, k, v, out)
     plan = forward_plan(q.device, q.dtype, dot_precision(q.dtype), of, causal, scale, asked(features))
-    with torch.cuda.device_of(q):
-        plan((q, k, v, out, lse, features.sinks, *pointers(features, q.shape[0], q.shape[2])))
+    plan((q, k, v, out, lse, features.sinks, *pointers(features, q.shape[0], q.shape[2])))
     return out, lse
 
 
@@ -274,17 +273,18 @@ def keep_for_backward(
 
 
 def kept_for_backward(ctx) -> tuple:
-    """(*tensors, causal, scale, features)."""
+    """(*tensors, causal, scale, the fields of `Features`)."""
     *tensors, slopes, sinks, doc_start, doc_end, seed = ctx.saved_tensors  # once: activation checkpointing allows no second look
     causal, scale, left, right, softcap, dropout_p = ctx.numbers
-    return *tensors, causal, scale, Features(left, right, softcap, slopes, sinks, doc_start, doc_end, dropout_p, seed)
+    return *tensors, causal, scale, (left, right, softcap, slopes, sinks, doc_start, doc_end, dropout_p, seed)
 
 
 NO_GRADIENTS = tuple(Features(dropout_p=None))
 
 
-def feature_gradients(features: Features, dsinks: torch.Tensor) -> tuple:
-    return NO_GRADIENTS if features.sinks is None else tuple(Features(dropout_p=None, sinks=dsinks.to(features.sinks.dtype)))
+def feature_gradients(features: tuple, dsinks: torch.Tensor) -> tuple:
+    sinks = features[4]
+    return NO_GRADIENTS if sinks is None else tuple(Features(dropout_p=None, sinks=dsinks.to(sinks.dtype)))
 
 
 def save_for_backward(ctx, inputs, output):
