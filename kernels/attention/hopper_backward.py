@@ -94,7 +94,7 @@ from kernels.attention.hopper_shared import (
     view,
     work_counter,
 )
-from kernels.attention.operators import launch, launch_specialised, layouts, operator, planned
+from kernels.attention.operators import launch, launch_specialised, operator, planned, strides
 from kernels.attention.triton_backward import ROWS_PER_PROGRAM, plan_rows
 from kernels.attention.triton_forward import LOG2_E, blocks, dense_rows, row_strides
 from kernels.attention.triton_tiles import store_rows
@@ -676,10 +676,11 @@ class Plan(NamedTuple):
 
 
 @planned
-def plan_backward(device: torch.device, dtype: torch.dtype, of: tuple, causal: bool, scale: float) -> Plan:
-    """of: `layouts` of q, k, v, dout, dk, dv, out and dq."""
+def plan_backward(device: torch.device, dtype: torch.dtype, q_shape, k_shape, of: tuple, causal: bool, scale: float) -> Plan:
+    """of: strides of q, k, v, dout, dk, dv, out and dq."""
     of_q, of_k, of_v, of_dout, of_dk, of_dv, of_out, of_dq = of
-    (batch, seq_q, heads, head_dim), (_, seq_k, kv_heads, _) = of_q[0], of_k[0]
+    batch, seq_q, heads, head_dim = q_shape
+    _, seq_k, kv_heads, _ = k_shape
     group, queries = heads // kv_heads, queries_per_tile(head_dim)
     rows = blocks(seq_q, queries) * queries
     # Two bytes each in K, V, Q and dO, four in dQ
@@ -688,12 +689,13 @@ def plan_backward(device: torch.device, dtype: torch.dtype, of: tuple, causal: b
     of_rows = View([batch * heads * rows], [1], [queries], one_dimensional())
     tile = [1, DQ_TILE.value, DQ_TILE.value]
     views = (
-        view(of_q, queries, dtype), view(of_k, KEYS.value, dtype), view(of_v, KEYS.value, dtype), view(of_dout, queries, dtype),
+        view(q_shape, of_q, queries, dtype), view(k_shape, of_k, KEYS.value, dtype), view(k_shape, of_v, KEYS.value, dtype),
+        view(q_shape, of_dout, queries, dtype),
         of_rows, of_rows, View([batch * heads, rows, head_dim], [rows * head_dim, head_dim, 1], tile, dq_layout()),
-        view(of_dk, OWN_KEYS.value, dtype), view(of_dv, OWN_KEYS.value, dtype),
+        view(k_shape, of_dk, OWN_KEYS.value, dtype), view(k_shape, of_dv, OWN_KEYS.value, dtype),
     )  # fmt: skip
     return Plan(
-        plan_rows(of_dout, of_out, rows),
+        plan_rows(q_shape, of_dout, of_out, rows),
         (batch, heads, rows),
         min(blocks(seq_k, KEYS.value) * batch * kv_heads, multiprocessors(device)),
         views,
@@ -714,7 +716,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
         return
     (q, k, v, dout, dk, dv), of = readable_by_tma(q, k, v, dout, dk, dv)
     out, lse = dense_rows(out), lse.contiguous()
-    plan = plan_backward(q.device, q.dtype, of + layouts(out, dq), causal, scale)
+    plan = plan_backward(q.device, q.dtype, q.shape, k.shape, of + strides(out, dq), causal, scale)
     delta = lse.new_empty(plan.padded)
     padded_lse = None if delta.shape == lse.shape else torch.empty_like(delta)
     sums = lse.new_zeros((*plan.padded, q.shape[3]))

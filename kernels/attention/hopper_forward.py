@@ -578,17 +578,18 @@ class Plan(NamedTuple):
 
 
 @planned
-def plan_forward(device: torch.device, dtype: torch.dtype, of: tuple, causal: bool, scale: float) -> Plan:
-    """of: `layouts` of q, k, v and out."""
-    ((batch, seq_q, heads, head_dim), _), ((_, seq_k, kv_heads, _), _), _, _ = of
+def plan_forward(device: torch.device, dtype: torch.dtype, q_shape, k_shape, of: tuple, causal: bool, scale: float) -> Plan:
+    """of: strides of q, k, v and out."""
+    batch, seq_q, heads, head_dim = q_shape
+    _, seq_k, kv_heads, _ = k_shape
     tile = hopper_tile(head_dim, causal, seq_q, seq_k)
     items = batch * heads * triton.cdiv(seq_q, tile.warpgroups * QUERIES.value)
     heads_at_once = max(1, L2_FOR_KEYS // (4 * seq_k * head_dim)) * (heads // kv_heads)  # 4: two bytes in K, two in V
-    rows = QUERIES.value, tile.keys, tile.keys, QUERIES.value
+    shapes, rows = (q_shape, k_shape, k_shape, q_shape), (QUERIES.value, tile.keys, tile.keys, QUERIES.value)
     of_kernel = constants(tile, causal, seq_q, seq_k)
     return Plan(
         min(items, tile.programs * multiprocessors(device)),
-        tuple(view(x, n, dtype) for x, n in zip(of, rows)),
+        tuple(view(*x, dtype) for x in zip(shapes, of, rows)),
         (scale * LOG2_E, heads_at_once, *of_kernel),
         (device.index, dtype, head_dim, tile, of_kernel),
         compile_options(tile),
@@ -603,7 +604,7 @@ def launch_forward(q, k, v, causal: bool, scale: float, trace: torch.Tensor | No
     if out.numel() == 0:
         return out, lse
     tensors, of = readable_by_tma(q, k, v, out)
-    plan = plan_forward(q.device, q.dtype, of, causal, scale)
+    plan = plan_forward(q.device, q.dtype, q.shape, k.shape, of, causal, scale)
     descriptors = [Descriptor(x, view) for x, view in zip(tensors, plan.views)]
     counter = work_counter(q.device)
     launch(forward_kernel, plan.programs, descriptors, (lse, counter, trace), plan.rest, (*plan.key, trace is None), plan.options)

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.attention.operators import layouts, planned
+from kernels.attention.operators import planned, strides
 
 WARPGROUP = gl.constexpr(128)  # threads
 FIRST_FREE_BARRIER = gl.constexpr(5)  # of the hardware's 16; Triton takes 0, 1 and one for each partition
@@ -89,27 +89,28 @@ def shared_layout(rows: int, head_dim: int, dtype: torch.dtype) -> gl.NVMMAShare
     return gl.NVMMASharedLayout.get_default_for([1, 1, rows, head_dim], GLUON_TYPES[dtype])
 
 
-def view(of: tuple, rows: int, dtype: torch.dtype) -> View:
-    """TMA's view of [batch, seq, heads, head_dim] as [batch, heads, seq, head_dim], in boxes of `rows` rows of one head; of: its `layouts`."""
-    (batch, seq, heads, head_dim), (of_batch, of_seq, of_heads, _) = of
+def view(shape: tuple, strides: tuple, rows: int, dtype: torch.dtype) -> View:
+    """TMA's view of [batch, seq, heads, head_dim] as [batch, heads, seq, head_dim], in boxes of `rows` rows of one head."""
+    batch, seq, heads, head_dim = shape
+    of_batch, of_seq, of_heads, _ = strides
     layout = shared_layout(rows, head_dim, dtype)
     return View([batch, heads, seq, head_dim], [of_batch, of_heads, of_seq, 1], [1, 1, rows, head_dim], layout)
 
 
 @planned
 def aligned_rows(of: tuple) -> bool:
-    """Whether in all `layouts` rows are dense, and start at multiples of 16 bytes, 8 elements, if the tensor does."""
-    return all((of_batch | of_seq | of_heads) % 8 == 0 and of_head_dim == 1 for _, (of_batch, of_seq, of_heads, of_head_dim) in of)
+    """Whether with all these strides rows are dense, and start at multiples of 16 bytes, 8 elements, if the tensor does."""
+    return all((of_batch | of_seq | of_heads) % 8 == 0 and of_head_dim == 1 for of_batch, of_seq, of_heads, of_head_dim in of)
 
 
 def readable_by_tma(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], tuple]:
-    """(the tensors, `layouts` of them); of those whose rows do not start at multiples of 16 bytes, copies."""
-    of = layouts(*tensors)
+    """(the tensors, their strides); of those whose rows do not start at multiples of 16 bytes, copies."""
+    of = strides(*tensors)
     if aligned_rows(of) and reduce(or_, map(torch.Tensor.data_ptr, tensors)) % 16 == 0:
         return tensors, of
-    readable = [aligned_rows(layouts(x)) and x.data_ptr() % 16 == 0 for x in tensors]
+    readable = [aligned_rows(strides(x)) and x.data_ptr() % 16 == 0 for x in tensors]
     tensors = [x if fits else x.clone(memory_format=torch.contiguous_format) for x, fits in zip(tensors, readable)]
-    return tensors, layouts(*tensors)
+    return tensors, strides(*tensors)
 
 
 @cache

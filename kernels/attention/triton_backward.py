@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.attention.operators import launch_specialised, layouts, operator, planned
+from kernels.attention.operators import launch_specialised, operator, planned, strides
 from kernels.attention.triton_forward import (
     FEATURES_SCHEMA,
     Features,
@@ -285,9 +285,9 @@ def dq_kernel(
     store_rows(dq + batch * dq_batch + head * dq_head, dq_row, first_query, seq_q, dq_MD * scale, HEAD_DIM, BLOCK_M, BLOCK_D)
 
 
-def plan_rows(of_dout: tuple, of_out: tuple, rows: int) -> Callable:
-    """The launch of `row_kernel`, which takes its tensors; rows: at least seq_q."""
-    (batch, seq_q, heads, value_dim), _ = of_out
+def plan_rows(out_shape, of_dout: tuple, of_out: tuple, rows: int) -> Callable:
+    """The launch of `row_kernel`, which takes its tensors, of these strides; rows: at least seq_q."""
+    batch, seq_q, heads, value_dim = out_shape
     return partial(
         launch_specialised, row_kernel, blocks(rows, ROWS_PER_PROGRAM) * batch * heads,
         numbers=(heads, seq_q, rows, LOG2_E, *row_strides((of_dout, of_out))),
@@ -296,11 +296,13 @@ def plan_rows(of_dout: tuple, of_out: tuple, rows: int) -> Callable:
 
 
 @planned
-def backward_plan(device, dtype, precision, of, causal: bool, scale: float, asked: tuple) -> tuple[Callable, Callable, Callable]:
-    """The three kernels' launches, which take their tensors; of: `layouts` of q, k, v, dout, out, dq, dk and dv."""
+def backward_plan(
+    device, dtype, precision, q_shape, v_shape, of: tuple, causal: bool, scale: float, asked: tuple
+) -> tuple[Callable, Callable, Callable]:
+    """The three kernels' launches, which take their tensors; of: strides of q, k, v, dout, out, dq, dk and dv."""
     of_q, of_k, of_v, of_dout, of_out, of_dq, of_dk, of_dv = of
-    batch, seq_q, heads, head_dim = of_q[0]
-    _, seq_k, kv_heads, value_dim = of_v[0]
+    batch, seq_q, heads, head_dim = q_shape
+    _, seq_k, kv_heads, value_dim = v_shape
     numbers, causal, score_features, bounded = kernel_arguments(causal, seq_q, seq_k, *asked)
 
     def plan(which, kernel, rows, side, heads_of_rows, of):
@@ -317,18 +319,19 @@ def backward_plan(device, dtype, precision, of, causal: bool, scale: float, aske
 
     dkdv = plan("dkdv", dkdv_kernel, seq_k, "keys", kv_heads, (of_q, of_k, of_v, of_dout, of_dk, of_dv))
     dq = plan("dq", dq_kernel, seq_q, "queries", heads, (of_q, of_k, of_v, of_dout, of_dq))
-    return plan_rows(of_dout, of_out, seq_q), dkdv, dq
+    return plan_rows((batch, seq_q, heads, value_dim), of_dout, of_out, seq_q), dkdv, dq
 
 
 def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, features: Features, dq, dk, dv) -> torch.Tensor:
     """Writes dq, dk and dv, whose last dimensions are dense; returns the sinks' gradient, float32 [heads], empty without sinks."""
-    of = layouts(q, k, v, dout, out, dq, dk, dv)
+    of = strides(q, k, v, dout, out, dq, dk, dv)
     if not dense(of):
         q, k, v, dout, out = (dense_rows(x) for x in (q, k, v, dout, out))
-        of = layouts(q, k, v, dout, out, dq, dk, dv)
+        of = strides(q, k, v, dout, out, dq, dk, dv)
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    rows, dkdv, of_queries = backward_plan(q.device, q.dtype, dot_precision(q.dtype), of, causal, scale, asked(features))
+    precision = dot_precision(q.dtype)
+    rows, dkdv, of_queries = backward_plan(q.device, q.dtype, precision, q.shape, v.shape, of, causal, scale, asked(features))
     given = pointers(features, q.shape[0], q.shape[2])
     rows((dout, None if dlse is None else dlse.contiguous(), out, lse, None, delta))
     dkdv((q, k, v, dout, lse, delta, dk, dv, *given))

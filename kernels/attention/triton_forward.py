@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention import dropout
-from kernels.attention.operators import call, differentiable, launch_specialised, layouts, operator, planned
+from kernels.attention.operators import call, differentiable, launch_specialised, operator, planned, strides
 from kernels.attention.triton_tiles import (
     INTO_BASE_2,
     LOG2_E,
@@ -149,13 +149,13 @@ def forward_kernel(
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:
     """The kernels read rows of consecutive elements, at any stride that keeps offsets inside a tile (at most 256 rows) in 32 bits."""
-    return x if dense(layouts(x)) else x.contiguous()
+    return x if dense(strides(x)) else x.contiguous()
 
 
 @planned
 def dense(of: tuple) -> bool:
-    """Whether rows are such in all `layouts`."""
-    return all(strides[3] == 1 and strides[1] < 2**31 // 256 for _, strides in of)
+    """Whether rows are such in tensors of these strides."""
+    return all(of_element == 1 and of_row < 2**31 // 256 for _, of_row, _, of_element in of)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -216,9 +216,10 @@ def pointers(features: Features, batch: int, heads: int) -> tuple:
 
 
 @planned
-def forward_plan(device, dtype, precision, of, causal: bool, scale: float, asked: tuple) -> Callable:
-    """The kernel's launch, which takes its tensors; of: `layouts` of q, k, v and out."""
-    ((batch, seq_q, heads, head_dim), _), _, ((_, seq_k, kv_heads, value_dim), _), _ = of
+def forward_plan(device, dtype, precision, q_shape, v_shape, of: tuple, causal: bool, scale: float, asked: tuple) -> Callable:
+    """The kernel's launch, which takes its tensors; of: strides of q, k, v and out."""
+    batch, seq_q, heads, head_dim = q_shape
+    _, seq_k, kv_heads, value_dim = v_shape
     numbers, causal, score_features, bounded = kernel_arguments(causal, seq_q, seq_k, *asked)
     block_m, block_n, warps, stages = tile(device, "forward", dtype, max(head_dim, value_dim), score_features, bounded)
     constants = (
@@ -233,17 +234,17 @@ def forward_plan(device, dtype, precision, of, causal: bool, scale: float, asked
 
 
 def row_strides(of: tuple) -> list[int]:
-    """Of batch, row and head of each layout."""
-    return [stride for _, strides in of for stride in strides[:3]]
+    """Those of batch, row and head."""
+    return [stride for strides in of for stride in strides[:3]]
 
 
 def launch_forward(q, k, v, causal: bool, scale: float, features: Features) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = outputs(q, k, v)
-    of = layouts(q, k, v, out)
+    of = strides(q, k, v, out)
     if not dense(of):
         q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
-        of = layouts(q, k, v, out)
-    plan = forward_plan(q.device, q.dtype, dot_precision(q.dtype), of, causal, scale, asked(features))
+        of = strides(q, k, v, out)
+    plan = forward_plan(q.device, q.dtype, dot_precision(q.dtype), q.shape, v.shape, of, causal, scale, asked(features))
     plan((q, k, v, out, lse, features.sinks, *pointers(features, q.shape[0], q.shape[2])))
     return out, lse
 
