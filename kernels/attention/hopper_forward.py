@@ -624,8 +624,7 @@ def new_trace(q: torch.Tensor, k: torch.Tensor, causal: bool) -> torch.Tensor:
 
 
 @operator(
-    "hopper_attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool deterministic=False) -> (Tensor, Tensor)",
-    outputs,
+    "hopper_attention_forward(Tensor q, Tensor k, Tensor v, bool causal, float scale, bool deterministic=False) -> (Tensor, Tensor)", outputs
 )
 def attention_forward(q, k, v, causal, scale, deterministic=False):
     """(out [batch, seq_q, heads, head_dim], lse [batch, heads, seq_q] float32, of base 2) of the tensors that `attention` describes.
