@@ -677,8 +677,8 @@ class Plan(NamedTuple):
 
 @planned
 def plan_backward(device: torch.device, dtype: torch.dtype, q_shape, k_shape, of: tuple, causal: bool, scale: float) -> Plan:
-    """of: strides of q, k, v, dout, dk, dv, out and dq."""
-    of_q, of_k, of_v, of_dout, of_dk, of_dv, of_out, of_dq = of
+    """of: strides of q, k, v, dout, out, dq, dk and dv."""
+    of_q, of_k, of_v, of_dout, of_out, of_dq, of_dk, of_dv = of
     batch, seq_q, heads, head_dim = q_shape
     _, seq_k, kv_heads, _ = k_shape
     group, queries = heads // kv_heads, queries_per_tile(head_dim)
@@ -714,9 +714,9 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
         for gradient in (dq, dk, dv):
             gradient.zero_()
         return
-    (q, k, v, dout, dk, dv), of = readable_by_tma(q, k, v, dout, dk, dv)
+    (q, k, v, dout), of = readable_by_tma(q, k, v, dout)
     out, lse = dense_rows(out), lse.contiguous()
-    plan = plan_backward(q.device, q.dtype, q.shape, k.shape, of + strides(out, dq), causal, scale)
+    plan = plan_backward(q.device, q.dtype, q.shape, k.shape, of + strides(out, dq, dk, dv), causal, scale)
     delta = lse.new_empty(plan.padded)
     padded_lse = None if delta.shape == lse.shape else torch.empty_like(delta)
     sums = lse.new_zeros((*plan.padded, q.shape[3]))
