@@ -1,5 +1,7 @@
 """Attention on a GPU: sizes, dtypes and backends that the CPU tests cannot reach. Few compiled variants: each costs seconds."""
 
+import gc
+
 import pytest
 import torch
 from comparison import Case, check, check_dynamic_shapes, fresh_seed, run
@@ -146,12 +148,14 @@ def test_auto_is_ours_and_a_packed_projection_is_not_copied():
 def test_memory_grows_linearly_with_length(backend):
     def peak(seq):
         q, k, v, dout, _ = gpu_case(seq, seq).tensors(0)
+        gc.collect()  # what other tests have left must not be let go of meanwhile
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(backend, gpu_case(seq, seq), q, k, v, dout)
         return torch.cuda.max_memory_allocated() - before
 
+    peak(512)  # cuBLAS takes its workspace with the first product
     assert peak(16384) <= 4.1 * peak(4096)
 
 
