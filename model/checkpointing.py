@@ -18,7 +18,7 @@ _SDPA = {
 }
 ATTENTION_OPERATIONS = {
     "triton": frozenset({"recipe::attention_forward", "recipe::attention_packed_forward"}),
-    "hopper": frozenset({"recipe::hopper_attention_forward"}),
+    "hopper": frozenset({"recipe::hopper_attention_forward", "recipe::hopper_attention_packed_forward"}),
     **{backend: frozenset({name}) for backend, name in _SDPA.items()},
     "sdpa": frozenset({*_SDPA.values(), "aten::_scaled_dot_product_flash_attention_for_cpu"}),
 }

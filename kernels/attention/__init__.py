@@ -71,7 +71,7 @@ def attention(
 def attention_packed(
     qkv: torch.Tensor, *, heads: int, kv_heads: int | None = None, **options
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention` of one projection: of its slices, but on `triton` their gradients are written into one buffer, where autograd would copy
+    """`attention` of one projection: of its slices, but on `triton` and `hopper` their gradients are written into one buffer, where autograd would copy
     three gradients into a fourth tensor.
 
     qkv: [batch, seq, heads + 2 * kv_heads, head_dim], the heads of Q, then of K, then of V; or [batch, seq, 3, heads, head_dim].
@@ -110,8 +110,8 @@ def _attend(
         raise ValueError(f"attention: sinks must be one floating-point number a query head, [{q.shape[2]}] on {q.device}, got {_of(sinks)}")
     if dropout_p > 0:
         rules = rules._replace(seed=torch.randint(2**63 - 1, (2,), device=q.device))
-    if packed is not None and backend == "triton":
-        compute = partial(_triton_packed, packed, q.shape[2], k.shape[2], rules=rules, sinks=sinks, return_lse=return_lse)
+    if packed is not None and backend in _PACKED:
+        compute = partial(_PACKED[backend], packed, q.shape[2], k.shape[2], rules=rules, sinks=sinks, return_lse=return_lse)
     else:
         compute = partial(_IMPLEMENTATIONS[backend], q, k, v, rules=rules, sinks=sinks, return_lse=return_lse)
     device_type = q.device.type
@@ -276,6 +276,13 @@ def _hopper(q, k, v, *, rules, sinks, return_lse):
     return out, lse * LN_2 if return_lse else None
 
 
+def _hopper_packed(packed, heads, kv_heads, *, rules, sinks, return_lse):
+    from kernels.attention.hopper_packed import attention_packed_forward, call
+
+    out, lse = call(attention_packed_forward, packed, heads, kv_heads, rules.causal, rules.scale, rules.deterministic)
+    return out, lse * LN_2 if return_lse else None
+
+
 def _flex(q, k, v, **options):
     from kernels.attention.flex import flex
 
@@ -300,3 +307,4 @@ _IMPLEMENTATIONS = {
     "triton": _triton,
     "hopper": _hopper,
 }
+_PACKED = {"triton": _triton_packed, "hopper": _hopper_packed}  # where the gradients of slices are written into one buffer

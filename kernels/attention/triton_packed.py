@@ -16,22 +16,22 @@ from kernels.attention.triton_forward import (
 )
 
 
-def _slices(packed, heads, kv_heads):
+def slices(packed, heads, kv_heads):
     return packed.split([heads, kv_heads, kv_heads], dim=2)
 
 
-def _outputs(qkv, heads, *_):
+def outputs(qkv, heads, *_):
     batch, seq, _, head_dim = qkv.shape
     return qkv.new_empty((batch, seq, heads, head_dim)), qkv.new_empty((batch, heads, seq), dtype=torch.float32)
 
 
 @operator(
     f"attention_packed_forward(Tensor qkv, SymInt heads, SymInt kv_heads, bool causal, float scale, {FEATURES_SCHEMA}) -> (Tensor, Tensor)",
-    _outputs,
+    outputs,
 )
 def attention_packed_forward(qkv, heads, kv_heads, causal, scale, *features):
     """`attention_forward` of the slices of qkv [batch, seq, heads + 2 * kv_heads, head_dim]."""
-    return launch_forward(*_slices(qkv, heads, kv_heads), causal, scale, Features(*features))
+    return launch_forward(*slices(qkv, heads, kv_heads), causal, scale, Features(*features))
 
 
 def _gradients(dout, dlse, qkv, out, lse, heads, kv_heads, causal, scale, *features):
@@ -46,8 +46,8 @@ def _gradients(dout, dlse, qkv, out, lse, heads, kv_heads, causal, scale, *featu
 def attention_packed_backward(dout, dlse, qkv, out, lse, heads, kv_heads, causal, scale, *features):
     """(dqkv, shaped as qkv, and dsinks, as `attention_backward` gives it)."""
     dqkv = qkv.new_empty(qkv.shape)
-    slices, gradients = _slices(qkv, heads, kv_heads), _slices(dqkv, heads, kv_heads)
-    return dqkv, launch_backward(dout, dlse, *slices, out, lse, causal, scale, Features(*features), *gradients)
+    tensors, gradients = slices(qkv, heads, kv_heads), slices(dqkv, heads, kv_heads)
+    return dqkv, launch_backward(dout, dlse, *tensors, out, lse, causal, scale, Features(*features), *gradients)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -77,20 +77,33 @@ def test_narrow_rows_beside_wider_ones(head_dim, value_head_dim, features):
     check("triton", gpu_case(193, 305, batch=2, **shape, **features), with_lse=True)
 
 
-def test_packed_projection_has_one_gradient_and_no_copy():
-    """Beside qkv: the output, its log-sum-exp, the gradient, and two numbers a row."""
-    heads, head_dim, seq = 16, 64, 4096
-    qkv = torch.randn(1, seq, 3, heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize("backend, deterministic", [("triton", False), ("hopper", False), ("hopper", True)])
+def test_packed_projection_has_one_gradient_and_no_copy(backend, deterministic):
+    """Beside qkv: the output, its log-sum-exp, the gradient, and two numbers a row; on hopper the sums of dQ in float32."""
+    heads, kv_heads, head_dim, seq = 16, 8, 64, 4096
+    qkv = torch.randn(1, seq, heads + 2 * kv_heads, head_dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dout = torch.randn(1, seq, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    expected = attention(*qkv.unbind(2), backend="triton")
+    options = dict(causal=True, backend=backend, deterministic=deterministic)
+    asked = dict(device_type="cuda", dtype=qkv.dtype, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability())
+    if unsupported(backend, **asked):
+        with pytest.raises(ValueError):
+            attention_packed(qkv, heads=heads, kv_heads=kv_heads, **options)
+        return
+    expected = attention(*qkv.split([heads, kv_heads, kv_heads], dim=2), **options)
     (wanted,) = torch.autograd.grad(expected, qkv, dout)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = attention_packed(qkv, heads=heads, backend="triton")
+    out = attention_packed(qkv, heads=heads, kv_heads=kv_heads, **options)
     (got,) = torch.autograd.grad(out, qkv, dout)
     peak = torch.cuda.max_memory_allocated() - before
-    assert torch.equal(out, expected) and torch.equal(got, wanted)
-    assert peak <= out.nbytes + qkv.nbytes + 3 * 4 * heads * seq + 8192
+    sums = 2 * out.nbytes if backend == "hopper" and not deterministic else 0
+    assert torch.equal(out, expected)
+    if sums:  # dQ is added up in any order
+        assert torch.equal(got[:, :, heads:], wanted[:, :, heads:])
+        assert (got - wanted).norm() <= 1e-3 * wanted.norm()
+    else:
+        assert torch.equal(got, wanted)
+    assert peak <= out.nbytes + qkv.nbytes + sums + 3 * 4 * heads * seq + 8192
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name not in ("triton", "eager")])

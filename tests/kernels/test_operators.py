@@ -1,4 +1,7 @@
-"""kernels/attention/operators.py: which calls share a compiled kernel, and what it is called with. GPU tests show that they compute."""
+"""kernels/attention/operators.py: which calls share a compiled kernel, and what it is called with; and the operators of Hopper's packed projection.
+GPU tests show that they compute."""
+
+import math
 
 import pytest
 import torch
@@ -71,3 +74,32 @@ def test_calls_that_never_come_again_do_not_fill_the_memory(launch):
     for length in range(operators.MOST_CALLS + 10):
         launch(x, numbers=(length,))
     assert len(operators._calls) == 10
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_the_gradient_of_a_packed_projection_on_hopper_is_one_tensor(monkeypatch, kv_heads):
+    """With a reference in the place of kernels."""
+    from kernels.attention import attention, hopper_backward, hopper_forward
+    from kernels.attention.hopper_packed import attention_packed_forward
+
+    def forward(q, k, v, causal, scale):
+        out, lse = attention(q, k, v, causal=causal, scale=scale, backend="tiled", return_lse=True)
+        return out, lse / math.log(2)
+
+    def backward(dout, dlse, q, k, v, out, lse, causal, scale, *places):
+        with torch.enable_grad():
+            inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+            outputs = forward(*inputs, causal, scale)
+        gradients = (dout, torch.zeros_like(lse) if dlse is None else dlse)
+        for place, gradient in zip(places, torch.autograd.grad(outputs, inputs, gradients), strict=True):
+            place.copy_(gradient)
+
+    monkeypatch.setattr(hopper_forward, "launch_forward", forward)
+    monkeypatch.setattr(hopper_backward, "launch_backward", backward)
+    qkv = torch.randn(2, 9, 2 + 2 * kv_heads, 64, requires_grad=True)
+    expected = forward(*qkv.split([2, kv_heads, kv_heads], dim=2), True, 0.25)
+    outputs = attention_packed_forward(qkv, 2, kv_heads, True, 0.25)
+    gradients = tuple(torch.randn_like(x) for x in outputs)
+    for some in (slice(2), slice(1)):  # with and without a gradient of the log-sum-exp
+        torch.testing.assert_close(*(torch.autograd.grad(x[some], qkv, gradients[some], retain_graph=True) for x in (outputs, expected)))
+    torch.library.opcheck(attention_packed_forward, (qkv, 2, kv_heads, True, 0.25))
