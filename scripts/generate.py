@@ -24,7 +24,7 @@ import torch  # noqa: E402
 
 from training.config import ConfigError, load_config  # noqa: E402
 from training.files import write_atomically  # noqa: E402
-from training.pretrained import INSTALL, PretrainedError, folder_of  # noqa: E402
+from training.pretrained import INSTALL, PretrainedError, folder_of, read_config  # noqa: E402
 from training.tracking import collect_environment  # noqa: E402
 
 OURS = "triton_flash"
@@ -37,11 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         model, tokenizer = random_model(options) if options.geometry else load(options)
         batch = random_prompts(model, options) if options.geometry else encode(tokenizer, options.prompts)
+        check_length(model, batch["input_ids"].shape[1], options.tokens)
+        computed = attention_of(model, options)
     except (ModuleNotFoundError, PretrainedError, ConfigError, OSError) as error:
         print(f"generate: {error}", file=sys.stderr)
         return 1
     rows = []
-    for attention in ATTENTION if options.compare else (options.attention,):
+    for attention in computed:
         model.set_attn_implementation(attention)
         for _ in range(1 if options.compare else 0):  # compiles, allocates
             generate(model, batch, options)
@@ -85,27 +87,40 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON of settings, tokens and times")
     options = parser.parse_args(arguments)
     if options.file:
-        options.prompts = options.file.read_text(encoding="utf-8").splitlines()
+        try:
+            options.prompts = options.file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--prompts {options.file}: {error}")
     if (options.model is None) == (options.geometry is None):
         parser.error("give a model, or --geometry")
     if options.model is not None and not options.prompts:
         parser.error("give --prompt or --prompts")
     if options.tokens < 1 or options.temperature < 0 or options.top_p is not None and not 0 < options.top_p <= 1:
         parser.error("--tokens is at least 1, --temperature 0 or more, --top-p above 0 and at most 1")
+    if (options.top_k or 0) < 0 or options.batch < 1 or options.prompt_tokens < 1:
+        parser.error("--top-k is 0 (all) or more, --batch and --prompt-tokens are at least 1")
     return options
 
 
 def load(options: argparse.Namespace):
     """(model, tokenizer that pads on the left)."""
+    from model.huggingface import register  # says how to install transformers
+
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
 
-    from model.huggingface import register
-
     register()
     disable_progress_bar()
+    read_config(options.model)
     folder = folder_of(options.model, ["*.json", "*.safetensors", "*.txt", "tokenizer*"])
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except ValueError:
+        tokenizer = None
+    # Of a folder without its files transformers may make one that knows no text.
+    if tokenizer is None or set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise PretrainedError(f"{options.model} has no tokenizer that transformers loads; copy its files there, or export it anew with "
+                              "scripts/export_hf.py --tokenizer")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[options.dtype]).to(options.device)
     return model.eval(), tokenizer
@@ -141,6 +156,30 @@ def random_prompts(model, options: argparse.Namespace) -> dict[str, torch.Tensor
 def encode(tokenizer, prompts: list[str]) -> dict[str, torch.Tensor]:
     """input_ids and attention_mask, int64 [prompts, tokens]; an empty prompt is the end of a text."""
     return dict(tokenizer([prompt or tokenizer.eos_token for prompt in prompts], return_tensors="pt", padding=True))
+
+
+def check_length(model, prompt: int, new: int) -> None:
+    """Raises PretrainedError where the model has fewer positions: learned ones are looked up beyond their table, others were never trained."""
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and prompt + new > longest:
+        raise PretrainedError(f"the longest prompt has {prompt} tokens, and with --tokens {new} that is more than the model's {longest} positions; "
+                              f"use --tokens {longest - prompt}" if prompt < longest else
+                              f"the longest prompt has {prompt} tokens, and the model {longest} positions; shorten it")
+
+
+def attention_of(model, options: argparse.Namespace) -> list[str]:
+    """Those to run; with --compare without what transformers has not for this model, which is said."""
+    found = []
+    for attention in ATTENTION if options.compare else (options.attention,):
+        try:
+            model.set_attn_implementation(attention)
+            found.append(attention)
+        except ValueError as error:
+            why = f"transformers has no {attention} for {type(model).__name__}: {str(error).split('. ')[0]}"
+            if not options.compare:
+                raise PretrainedError(f"{why}; use --attention {OURS}") from None
+            print(f"{attention:>12}: left out, {why}", flush=True)
+    return found
 
 
 class Clock:

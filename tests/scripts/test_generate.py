@@ -88,8 +88,35 @@ def test_a_geometry_needs_no_weights(tmp_path):
     assert (row["batch"], row["prompt_tokens"], row["new_tokens"]) == (2, 9, 5)
 
 
-def test_mistakes_are_told(capsys):
-    assert generate.main(["nowhere", "--prompt", "x"]) == 1
-    assert "generate: nowhere: no such folder" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        generate.main(["--prompt", "x"])
+def test_mistakes_are_told(folder, tmp_path, capsys):
+    def told(*arguments):
+        assert generate.main([*map(str, arguments), "--device", "cpu"]) == 1
+        return capsys.readouterr().err
+
+    assert "generate: nowhere: no such folder" in told("nowhere", "--prompt", "x")
+    assert f"generate: {tmp_path} has no config.json; scripts/export_hf.py" in told(tmp_path, "--prompt", "x")
+    assert "has 6 tokens, and with --tokens 91 that is more than the model's 96 positions; use --tokens 90" in told(folder, "--prompt", "ROMEO:", "--tokens", "91")
+    assert "has 97 tokens, and the model 96 positions; shorten it" in told(folder, "--prompt", "x" * 97)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    assert f"{tmp_path} has no tokenizer that transformers loads" in told(tmp_path, "--prompt", "x")
+    for arguments, message in ((["--prompt", "x"], "give a model"), (["m", "--prompts", str(tmp_path / "none")], "No such file"),
+                               (["m", "--prompt", "x", "--top-k", "-1"], "--top-k is 0 (all) or more")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            generate.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+def test_what_transformers_has_not_for_a_model_is_left_out_of_a_comparison_and_refused_by_name(folder, tmp_path, capsys):
+    """Its Gemma 2 has no sdpa."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    Gemma2ForCausalLM(Gemma2Config(vocab_size=257, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                                   intermediate_size=32, eos_token_id=256)).save_pretrained(tmp_path)  # fmt: skip
+    save_for_transformers(load_tokenizer("bytes"), tmp_path, model_max_length=96)
+    asked = [str(tmp_path), "--prompt", "ROMEO:", "What light", "--tokens", "4", "--temperature", "0", "--device", "cpu", "--out", str(tmp_path / "out.json")]
+    assert generate.main([*asked, "--compare"]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["attention"] for row in rows] == ["eager", "triton_flash"] and rows[0]["tokens"] == rows[1]["tokens"]
+    assert "sdpa: left out, transformers has no sdpa for Gemma2ForCausalLM" in capsys.readouterr().out
+    assert generate.main([*asked, "--attention", "sdpa"]) == 1
+    assert "generate: transformers has no sdpa for Gemma2ForCausalLM" in capsys.readouterr().err
