@@ -5,8 +5,8 @@
     python scripts/evaluate.py exported/NAME --text held_out.jsonl              perplexity of texts: {"text": ...} a line, or a .txt, one text
 
 --text makes a task of the file, and beside lm-eval's perplexity computes ours: of the project's own GPT with the folder's weights (model.init_from),
-of the same tokens, each text after an end of text, in pieces of the model's length. The two agree, or something was lost on the way;
-a model that is no GPT-2, Llama or Mistral has lm-eval's alone.
+of the same tokens, each text after the tokenizer's begin of text (or end, where it has none), in pieces of the model's length. The two agree, or
+something was lost on the way; a model that is no GPT-2, Llama or Mistral has lm-eval's alone.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from training.pretrained import INSTALL, PretrainedError, folder_of, read_config
 from training.tracking import collect_environment  # noqa: E402
 
 TEXT_TASK = "text"
+TOKENIZER_FILES = ("*.json", "*.txt", "tokenizer*")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
         results = evaluate(options)
-    except (PretrainedError, OSError, ValueError, KeyError) as error:
+    except (PretrainedError, OSError, ValueError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 1
     for task, metrics in results["lm_eval"].items():
@@ -74,6 +75,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     """lm-eval's results by task; with --text also ours."""
+    read_config(options.model)  # a run's folder, say, has none
     if options.text:
         texts = read_texts(options.text)
         with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +106,7 @@ def lm_eval_results(options: argparse.Namespace, tasks: list[str], include: Path
 
     register()
     disable_progress_bar()
-    model = HFLM(pretrained=str(folder_of(options.model, ["*.json", "*.safetensors", "*.txt", "tokenizer*"])), device=options.device,
+    model = HFLM(pretrained=str(folder_of(options.model, ["*.safetensors", *TOKENIZER_FILES])), device=options.device,
                  dtype=options.dtype, batch_size=options.batch_size, attn_implementation=options.attention)
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=include is None)
     unknown = [task for task in tasks if task not in manager.all_tasks]
@@ -121,9 +123,26 @@ _METRICS = {"word_perplexity": "weighted_perplexity", "byte_perplexity": "weight
 
 
 def read_texts(file: Path) -> list[str]:
-    if file.suffix == ".jsonl":
-        return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [file.read_text(encoding="utf-8")]
+    """Those of the file that are not empty, which have no likelihood."""
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--text {file}: not UTF-8 text: {error}") from None
+    texts = [_text_of(line, f"--text {file}, line {number}") for number, line in enumerate(content.split("\n"), start=1) if line.strip()] \
+        if file.suffix == ".jsonl" else [content]
+    if not any(texts):
+        raise ValueError(f"--text {file}: there is no text in it")
+    return [text for text in texts if text]
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f'{place}: not {{"text": "..."}}; a file of plain text ends in .txt')
+    return row["text"]
 
 
 def write_text_task(folder: Path, texts: list[str]) -> None:
@@ -139,19 +158,18 @@ def write_text_task(folder: Path, texts: list[str]) -> None:
 @torch.inference_mode()
 def perplexity(options: argparse.Namespace, texts: list[str]) -> dict[str, float]:
     """Of our GPT with the folder's weights, in float32: ``bits_per_byte`` and ``byte_perplexity`` as lm-eval has them, and per token."""
-    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
 
-    described = read_config(options.model)
-    fields, window = import_config(described)
+    fields, window = import_config(read_config(options.model))
     config = GPTConfig(**fields)
     model = GPT(config, AttentionConfig(window=window)).to(options.device)
     model.load_state_dict(import_state(read_state(options.model), config), strict=not config.tied_embeddings)
     model.eval()
-    tokenizer = Tokenizer.from_file(str(folder_of(options.model, ["tokenizer.json"]) / "tokenizer.json"))
-    end = described["eos_token_id"]
+    tokenizer = AutoTokenizer.from_pretrained(folder_of(options.model, TOKENIZER_FILES))
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id  # as lm-eval has it
     nats = tokens = 0
     for text in texts:
-        ids = [end, *tokenizer.encode(text, add_special_tokens=False).ids]
+        ids = [begin, *tokenizer.encode(text)]
         for first in range(0, len(ids) - 1, config.sequence_length):
             last = min(first + config.sequence_length, len(ids) - 1)
             # The last piece, shorter than the others, sees as much before it as fits.
