@@ -288,7 +288,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                              "where NAME may be a folder (default: shakespeare)")
     parser.add_argument("--text-field", metavar="NAME", help="field of a row that holds its text (default: text)")
     parser.add_argument("--tokenizer", default="bytes", metavar="TOKENIZER",
-                        help=f"{', '.join(TOKENIZER_NAMES)}, a folder with a tokenizer.json, or a model of the Hugging Face Hub (default: bytes)")
+                        help=f"{', '.join(TOKENIZER_NAMES)}, the folder of a tokenizer, or a model of the Hugging Face Hub (default: bytes)")
     parser.add_argument("--end-of-text", metavar="TOKEN", help="token that ends a text (default: the eos_token of the tokenizer's tokenizer_config.json)")
     parser.add_argument("--out", type=Path, help="folder of the corpus (default: data/<source>-<tokenizer>)")
     parser.add_argument("--validation-fraction", type=float, default=0.05, metavar="F",

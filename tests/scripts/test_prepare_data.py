@@ -150,7 +150,7 @@ def test_gpt2_tokens_stand_for_the_same_text(texts, tmp_path):
     (["--source", "one.txt"], "the source gives 1 document, and validation is split off by document"),
     (["--source", "one.txt", "two.txt", "--max-bytes", "3"], "the source gives 0 documents"),
     (["--source", ".", "--out", "data/x"], "--out data/x lies inside --source ."),
-    (["--source", "one.txt", "--tokenizer", "gpt3"], "tokenizer 'gpt3' is not known; choose one of bytes, gpt2, a folder"),
+    (["--source", "one.txt", "--tokenizer", "gpt3"], "tokenizer 'gpt3' is not known; choose one of bytes, gpt2, the folder"),
     (["--source", "one.txt", "--end-of-text", "x"], "tokenizer 'bytes' has its own end of text"),
     (["--source", "one.txt", "--text-field", "x"], "--text-field x: one.txt has no rows"),
     (["--source", "one.txt", "--out", "two.txt"], "the folder exists and is no whole corpus: two.txt"),

@@ -216,7 +216,8 @@ def test_a_tokenizer_that_changes_texts_counts_what_it_makes_of_them(tmp_path):
 
 
 @pytest.mark.parametrize("files, arguments, message", [
-    ({}, (), "has no tokenizer.json; where transformers reads it"),
+    ({}, (), "has no tokenizer.json, and transformers makes none of its files: "),
+    ({"config.json": '{"model_type": "gpt2"}'}, (), "has no tokenizer.json, and no files of which transformers makes one"),
     ({"tokenizer.json": "{}"}, ("x",), "its tokenizer.json is none that the library tokenizers reads"),
     ({"tokenizer.json": None}, (), "names an eos_token; give the token that ends a text: --end-of-text TOKEN"),
     ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<eos>"}'}, (), "has no token '<eos>' to end a text with"),
@@ -232,6 +233,22 @@ def test_a_folder_that_is_no_tokenizer_is_told(tmp_path, files, arguments, messa
             (tmp_path / "folder" / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         load_tokenizer(folder, *arguments)
+
+
+def test_a_folder_of_older_files_is_the_same_tokenizer(folders, tmp_path):
+    """vocab.json and merges.txt, as GPT-2's own folder has them."""
+    described = load_tokenizer(folders["byte-level"])
+    model, folder = json.loads(described.tokenizer_json())["model"], tmp_path / "older"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{' '.join(pair)}\n" for pair in model["merges"]))
+    named = dict.fromkeys(("bos_token", "eos_token", "unk_token"), described.end_of_text_name())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **named}))
+    older = load_tokenizer(str(folder))
+    assert older.end_of_text == described.end_of_text
+    for text in (text for text in ODD_TEXTS if "    " not in text):  # a token that was added, which those files have not
+        np.testing.assert_array_equal(older.encode(text), described.encode(text))
+    assert pickle.loads(pickle.dumps(older)).sha256 == older.sha256
 
 
 def test_a_model_of_the_hub_is_fetched_at_its_revision(folders, monkeypatch, tmp_path):
