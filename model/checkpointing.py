@@ -22,6 +22,7 @@ ATTENTION_OPERATIONS = {
     **{backend: frozenset({name}) for backend, name in _SDPA.items()},
     "sdpa": frozenset({*_SDPA.values(), "aten::_scaled_dot_product_flash_attention_for_cpu"}),
 }
+ATTENTION_OPERATIONS["auto"] = frozenset().union(*ATTENTION_OPERATIONS.values())  # of a model of transformers, where each call chooses
 _MATMULS = frozenset({"aten::mm", "aten::addmm"})
 
 

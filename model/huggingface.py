@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from kernels.attention import attention, choose, unsupported
 from kernels.attention.masks import capped
 from kernels.attention.tuning import compute_capability
+from model.checkpointing import Checkpointing
 from model.gpt import IGNORED_LABEL
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.utils import generic
 except ModuleNotFoundError:
     raise ModuleNotFoundError("the package transformers is missing: python -m pip install -r requirements-huggingface.txt") from None
@@ -328,6 +330,38 @@ def attention_name(backend: str) -> str:
     return name
 
 
+def checkpoint_layers(model: torch.nn.Module, checkpointing: Checkpointing) -> None:
+    """Compute layers of a model of transformers again in the backward pass, as ``checkpointing`` says of blocks; nothing where its mode is none.
+
+    Raises ValueError where transformers cannot checkpoint the model's layers.
+    """
+    if checkpointing.mode == "none":
+        return
+    model.activation_checkpointing_enable()
+    layers = _layers(model)
+    if not layers:
+        raise ValueError(f"train.activation_checkpointing={checkpointing.mode}: transformers has no layers of {type(model).__name__} to compute again; use none")
+    for index, layer in enumerate(layers):
+        layer.gradient_checkpointing = checkpointing.includes(index)
+        layer._gradient_checkpointing_func = partial(_run_checkpointed, checkpointing)
+
+
+def _layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def _run_checkpointed(checkpointing: Checkpointing, layer: Callable, x: torch.Tensor, *others: Any) -> Any:
+    """``layer(x, *others)``: transformers binds what it gives by keyword."""
+    return checkpointing.run(lambda x: layer(x, *others), x, {})
+
+
+def count_recomputed(model: HuggingFaceModel, checkpointing: Checkpointing) -> dict[str, int]:
+    """As ``model.gpt.count_recomputed``; a layer's last product counts, for which it is is the model's own affair."""
+    again = [layer for index, layer in enumerate(_layers(model)) if checkpointing.includes(index)]
+    parameters = [p for layer in again for p in layer.parameters() if p.ndim == 1 or not checkpointing.keep_matmuls]
+    return {"parameters": sum(p.numel() for p in parameters), "layers": 0 if checkpointing.mode == "selective" else len(again)}
+
+
 def positions_in_documents(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
     """int64 [batch, sequence]: how far each token stands behind the end of text before it, or the beginning; transformers then takes the
     sequence for packed."""
@@ -336,9 +370,8 @@ def positions_in_documents(tokens: torch.Tensor, end_of_text: int) -> torch.Tens
 
 
 def count_parameters(model: HuggingFaceModel) -> dict[str, int]:
-    """As ``model.gpt.count_parameters``; and ``blocks``, those of the layers that are repeated."""
+    """As ``model.gpt.count_parameters``."""
     head = model.model.get_output_embeddings().weight
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head)
     total = sum(p.numel() for p in model.parameters())
-    blocks = sum(p.numel() for m in model.modules() if isinstance(m, tuple(model.block_types)) for p in m.parameters())
-    return {"total": total, "matmul": total - looked_up, "blocks": blocks}
+    return {"total": total, "matmul": total - looked_up}

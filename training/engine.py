@@ -181,7 +181,7 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
     generated = deepspeed_config(config) | ({"checkpoint": {"load_universal": True}} if load_universal else {})
     torch.manual_seed(config.run.seed)
     if config.model.huggingface is not None:
-        model = together(lambda: load_huggingface(config, end_of_text=end_of_text))
+        model = together(lambda: load_huggingface(config, checkpointing_of(config), end_of_text=end_of_text))
     else:
         with deepspeed.zero.Init(config_dict_or_path=generated, enabled=config.zero.stage == 3):
             model = GPT(config.model, config.attention, end_of_text=end_of_text, checkpointing=checkpointing_of(config),

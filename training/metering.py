@@ -26,7 +26,7 @@ class Meter:
         self.world = world
         self.tokens_per_step = config.train.global_batch_size * model.sequence_length
         if model.huggingface is not None:
-            self.parameters, recomputed = count_huggingface(config)
+            self.parameters, recomputed = count_huggingface(config, checkpointing_of(config))
         else:
             tile = config.train.mlp_tile
             tiled = tile is not None and tile < config.train.micro_batch_size * model.sequence_length // config.parallel.sequence

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from model.checkpointing import Checkpointing
 from model.config import GPTConfig
 from model.conversion import State, import_config, import_state
 
@@ -189,7 +190,7 @@ def load_weights(model: nn.Module, section: "ModelSection") -> None:
 # --- models of transformers -----------------------------------------------------------------------------------------
 
 
-def load_huggingface(config: "Config", *, end_of_text: int | None):
+def load_huggingface(config: "Config", checkpointing: Checkpointing, *, end_of_text: int | None):
     """The model of ``model.huggingface`` with its weights, whole, in the CPU's memory: ``model.huggingface.HuggingFaceModel``.
 
     Raises PretrainedError where a weight is missing, none of its own, or of another shape: transformers would draw it anew.
@@ -197,7 +198,7 @@ def load_huggingface(config: "Config", *, end_of_text: int | None):
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from model.huggingface import HuggingFaceModel, attention_name
+    from model.huggingface import HuggingFaceModel, attention_name, checkpoint_layers
 
     disable_progress_bar()
     name = config.model.huggingface
@@ -207,8 +208,10 @@ def load_huggingface(config: "Config", *, end_of_text: int | None):
     wrong = {what: found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[what]}
     if wrong:
         raise PretrainedError(f"model.huggingface: {name} does not fit {type(model).__name__}: {wrong}")
-    if config.train.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        checkpoint_layers(model, checkpointing)
+    except ValueError as error:
+        raise PretrainedError(f"model.huggingface: {error}") from None
     return HuggingFaceModel(model.train(), end_of_text=end_of_text if config.attention.document_mask else None)
 
 
@@ -231,10 +234,9 @@ def meta_huggingface(name: str):
         return HuggingFaceModel(AutoModelForCausalLM.from_config(huggingface_config(name)))
 
 
-def count_huggingface(config: "Config") -> tuple[dict[str, int], dict[str, int]]:
+def count_huggingface(config: "Config", checkpointing: Checkpointing) -> tuple[dict[str, int], dict[str, int]]:
     """What ``model.gpt.count_parameters`` and ``count_recomputed`` say of GPT, of ``model.huggingface``."""
-    from model.huggingface import count_parameters
+    from model.huggingface import count_parameters, count_recomputed
 
-    counted = count_parameters(meta_huggingface(config.model.huggingface))
-    blocks, again = counted.pop("blocks"), config.train.activation_checkpointing == "full"
-    return counted, {"parameters": blocks * again, "layers": config.model.layers * again}
+    model = meta_huggingface(config.model.huggingface)
+    return count_parameters(model), count_recomputed(model, checkpointing)

@@ -5,13 +5,17 @@ import logging
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.utils.generic import is_flash_attention_requested
 
 import model.huggingface
-from model.huggingface import HuggingFaceModel, Visible, count_parameters, positions_in_documents, register
+from model.checkpointing import Checkpointing
+from model.huggingface import HuggingFaceModel, Visible, checkpoint_layers, count_parameters, count_recomputed, positions_in_documents, register
+from model.offload import Offload
 from tests.model.huggingface_models import CONFIGS, LENGTH, batches, build, logits_and_gradients
 
 register()
@@ -162,8 +166,40 @@ def test_a_model_of_transformers_is_called_as_ours_is():
     assert "model.transformer.h.0.attn.c_attn.weight" in wrapped.matrices and not any(name.endswith(".bias") or "ln_" in name for name in wrapped.matrices)
     counted = count_parameters(wrapped)
     assert counted["total"] - counted["matmul"] == 64 * 32  # learned positions; the tied embedding multiplies
-    assert counted["total"] - counted["blocks"] == 2 * 64 * 32 + 2 * 32
     assert [each.__name__ for each in wrapped.block_types] == ["GPT2Block"]
+
+
+def test_every_mode_of_activation_checkpointing_gives_the_gradients_of_none():
+    """And what is computed again is counted."""
+    tokens, modes = batches()["plain"]["input_ids"], {
+        "none": Checkpointing(), "full": Checkpointing("full"), "every_n": Checkpointing("every_n", every=2), "selective": Checkpointing("selective", backend="auto"),
+        "matmuls": Checkpointing("selective", keep_matmuls=True, backend="sdpa"), "offload": Checkpointing("full", offload=Offload()),
+        "deepspeed": Checkpointing("deepspeed", function=partial(checkpoint, use_reentrant=True)),
+    }  # fmt: skip
+    gradients, counted, ran = {}, {}, {}
+    for name, checkpointing in modes.items():
+        wrapped, forwards = HuggingFaceModel(build("qwen3", "sdpa").train()), []
+        checkpoint_layers(wrapped.model, checkpointing)
+        for layer in wrapped.model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_, forwards=forwards: forwards.append(1))
+        wrapped(tokens, labels=tokens).backward()
+        gradients[name], ran[name] = torch.cat([p.grad.flatten() for p in wrapped.parameters()]), len(forwards)
+        counted[name] = count_recomputed(wrapped, checkpointing)
+    layers = len(wrapped.model.model.layers)
+    for name in modes:
+        torch.testing.assert_close(gradients[name], gradients["none"], msg=lambda text, name=name: f"{name}: {text}")
+    assert ran == {name: 2 * layers for name in modes} | {"none": layers, "every_n": layers + -(-layers // 2)}
+    blocks = sum(p.numel() for p in wrapped.model.model.layers.parameters())
+    assert counted["none"] == {"parameters": 0, "layers": 0} and counted["full"] == {"parameters": blocks, "layers": layers} == counted["deepspeed"]
+    assert counted["selective"] == {"parameters": blocks, "layers": 0} and counted["every_n"]["layers"] == -(-layers // 2)
+    assert counted["matmuls"] == {"parameters": sum(p.numel() for p in wrapped.model.model.layers.parameters() if p.ndim == 1), "layers": 0}
+
+
+def test_selective_checkpointing_that_would_compute_attention_again_is_refused():
+    wrapped = HuggingFaceModel(build("qwen3", "eager").train())
+    checkpoint_layers(wrapped.model, Checkpointing("selective", backend="auto"))
+    with pytest.raises(ValueError, match="selective: attention.backend=auto ran none of"):
+        wrapped(batches()["plain"]["input_ids"])
 
 
 def test_documents_do_not_see_each_other_and_count_their_own_positions():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.checkpointing import Checkpointing
 from model.config import AttentionConfig, GPTConfig
 from model.conversion import export_config, export_state
 from model.gpt import GPT
@@ -105,7 +106,7 @@ def test_a_weight_that_transformers_would_draw_anew_is_refused(folders, tmp_path
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PretrainedError, match="does not fit LlamaForCausalLM.*layers.1.mlp.up_proj"):
-        load_huggingface(load(f"model.huggingface={tmp_path}"), end_of_text=None)
+        load_huggingface(load(f"model.huggingface={tmp_path}"), Checkpointing(), end_of_text=None)
     with pytest.raises(PretrainedError, match="weights missing: model.layers.1.mlp.up_proj.weight"):
         initial_weights(load(f"model.init_from={tmp_path}").model)
 
