@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from model.config import ModelFault
 from model.offload import Offload
 
 # The operations that "selective" knows attention by; each hands on its output and log-sum-exp. Of PyTorch's own choice, any.
@@ -102,10 +103,10 @@ class Policy:
         """After a forward pass, or after it was traced.
 
         Raises:
-            ValueError: attention would be computed again.
+            ModelFault: attention would be computed again.
         """
         if not self.kept_attention:
-            raise ValueError(
+            raise ModelFault(
                 f"train.activation_checkpointing=selective: attention.backend={self.backend} ran none of {', '.join(sorted(self.attention))}, "
                 "so that attention would be computed again; use attention.backend=triton, or train.activation_checkpointing=full"
             )

@@ -5,6 +5,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 
+class ModelFault(ValueError):
+    """What a run asks for and its model, once it runs, finds that it cannot do, on every process alike; the message is for the user."""
+
+
 class GPTConfig(BaseModel):
     """Architecture of one decoder-only transformer.
 

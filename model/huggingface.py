@@ -24,6 +24,7 @@ from kernels.attention import attention, choose, unsupported
 from kernels.attention.masks import capped
 from kernels.attention.tuning import compute_capability
 from model.checkpointing import Checkpointing
+from model.config import ModelFault
 from model.gpt import IGNORED_LABEL
 
 try:
@@ -196,12 +197,12 @@ def _attention(
     Returns [batch, queries, heads, head_dim], and None for the probabilities, which do not exist.
     """
     if cache is not None:
-        raise ValueError(f"attn_implementation={NAME} has no paged KV cache; use generate() or another attn_implementation for continuous batching")
+        raise ModelFault(f"attn_implementation={NAME} has no paged KV cache; use generate() or another attn_implementation for continuous batching")
     if torch.is_autocast_enabled(query.device.type):  # under it a model's own operations leave dtypes mixed
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     rules, why_not = _asked_for(module, query, key, attention_mask, is_causal)
     if kwargs.get("cu_seq_lens_q") is not None and (rules is None or rules["document_ids"] is None):
-        raise ValueError(f"attn_implementation={NAME} takes packed sequences by their position_ids, which start anew with each, without attention_mask "
+        raise ModelFault(f"attn_implementation={NAME} takes packed sequences by their position_ids, which start anew with each, without attention_mask "
                          "and with use_cache=False; cu_seq_lens_q alone would not be heeded")
     options = {"softcap": softcap, "sinks": s_aux, "dropout_p": dropout, "scale": scaling}
     if position_bias is not None:
@@ -210,7 +211,7 @@ def _attention(
     if rules is not None:
         kernel, why_not = _kernel(backend, query, key, value, rules, options)
     if kernel is None and backend != "auto":
-        raise ValueError(f"attention.backend={backend} was asked for by name in register() and cannot serve: {why_not}; auto leaves this to SDPA")
+        raise ModelFault(f"attention.backend={backend} was asked for by name and cannot serve: {why_not}; auto leaves this to SDPA")
     plain = softcap is not None or s_aux is not None  # SDPA has neither
     if kernel is None:
         _say_once(f"attn_implementation={NAME}: {'plain PyTorch' if plain else 'SDPA'} computes attention, because {why_not}")
@@ -222,7 +223,7 @@ def _attention(
         mask, is_causal = (attention_mask.mask, False) if needed else (None, rules["causal"])
     if plain:
         if mask is None or position_bias is not None:
-            raise ValueError(f"attn_implementation={NAME} has softcap and sinks, but not where {why_not}; use attn_implementation='eager'")
+            raise ModelFault(f"attn_implementation={NAME} has softcap and sinks, but not where {why_not}; use attn_implementation='eager'")
         return _plain(query, key, value, mask, **options), None
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, is_causal=is_causal,
                                   position_bias=position_bias, **kwargs)

@@ -77,7 +77,7 @@ ROWS = (
         "make one of them null",
         example=("model.init_from=a/b", "model.huggingface=a/b"), instead=("model.init_from=null", "model.huggingface=null")),
     Row(("model.huggingface", "attention.backend"),
-        lambda c: c.model.huggingface is not None and c.attention.backend not in ("auto", "hopper", "triton", "sdpa", "eager"),
+        lambda c: c.model.huggingface is not None and c.attention.backend not in ("", "auto", "hopper", "triton", "sdpa", "eager"),
         "transformers knows no attention.backend={attention.backend}",
         "use auto, hopper, triton, sdpa or eager",
         example=("model.huggingface=a/b", "attention.backend=tiled"), instead=("attention.backend=auto", "model.huggingface=null")),

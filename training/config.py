@@ -469,8 +469,7 @@ def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tup
     capability = assumed_gpu or (torch.cuda.get_device_capability() if on_gpu else None)
     if on_gpu and config.train.precision == "bf16" and capability < (8, 0):
         return "", [], [("train.precision", f"bf16 needs compute capability 8.0, and this GPU has {capability[0]}.{capability[1]}; use fp16 or fp32")]
-    if config.model.huggingface is not None:  # its layers may differ: each call chooses
-        return config.attention.backend, [], []
+    backend = config.attention.backend
     asked = {
         "device_type": "cuda" if on_gpu else "cpu",
         "dtype": {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision],
@@ -483,7 +482,11 @@ def _resolve_backend(config: Config, assumed_gpu: tuple[int, int] | None) -> tup
         "dropout": config.attention.dropout > 0,
         "deterministic": config.attention.deterministic,
     }
-    backend = config.attention.backend
+    if config.model.huggingface is not None:  # its layers may differ, and only they know what they ask for: each call chooses
+        reason = unsupported(backend, **{key: asked[key] for key in ("device_type", "dtype", "head_dim", "compute_capability")})
+        if reason is None or backend not in ("hopper", "triton"):  # any other is refused, or transformers' own
+            return backend, [], []
+        return backend, [], [("attention.backend", reason.removeprefix("attention.backend=").split("; ")[0] + "; use auto, sdpa or eager")]
     if backend == "auto":
         chosen, why = choose(**asked)
         return chosen, [f"attention.backend: auto -> {chosen} ({why})"], []

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from model.config import ModelFault
 from training.config import ConfigError
 
 USER_FAULT_EXIT_CODE = 2
@@ -45,7 +46,7 @@ def one_clear_message(ranks: Ranks) -> Iterator[None]:
     """Turn a user's mistake into one message on rank 0 and exit code 2 on every rank."""
     try:
         yield
-    except (ConfigError, UserFault) as error:
+    except (ConfigError, UserFault, ModelFault) as error:
         if ranks.rank != 0 and not isinstance(error, LoneFault):
             # The launcher ends every rank as soon as one has exited: rank 0 must have spoken before another leaves.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

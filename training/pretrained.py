@@ -137,6 +137,7 @@ def huggingface_config(name: str):
 def read_state(name: str) -> State:
     """Every weight in the safetensors of a folder or of a model of the Hub, on the CPU."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ModuleNotFoundError:
         raise PretrainedError(f"{name}: the package safetensors is missing: {INSTALL}") from None
@@ -148,7 +149,10 @@ def read_state(name: str) -> State:
     missing = [file for file in files if not (folder / file).is_file()]
     if missing:
         raise PretrainedError(f"{name} has no {missing[0]}; where transformers loads the model, its save_pretrained() writes one")
-    return {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
+    try:
+        return {key: tensor for file in files for key, tensor in load_file(folder / file).items()}
+    except SafetensorError as error:
+        raise PretrainedError(f"{name}: its safetensors cannot be read: {error}; fetch or export it anew") from None
 
 
 def initial_weights(model: "ModelSection") -> State:
@@ -195,6 +199,7 @@ def load_huggingface(config: "Config", checkpointing: Checkpointing, *, end_of_t
 
     Raises PretrainedError where a weight is missing, none of its own, or of another shape: transformers would draw it anew.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -202,9 +207,12 @@ def load_huggingface(config: "Config", checkpointing: Checkpointing, *, end_of_t
 
     disable_progress_bar()
     name = config.model.huggingface
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder_of(name, ["*.json", "*.safetensors"]), dtype={"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision],
-        attn_implementation=attention_name(config.attention.backend), output_loading_info=True)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(folder_of(name, ["*.json", "*.safetensors"]), dtype=dtype, output_loading_info=True,
+                                                            attn_implementation=attention_name(config.attention.backend))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PretrainedError(f"model.huggingface: transformers does not load {name} with attention.backend={config.attention.backend}: {error}") from None
     wrong = {what: found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[what]}
     if wrong:
         raise PretrainedError(f"model.huggingface: {name} does not fit {type(model).__name__}: {wrong}")

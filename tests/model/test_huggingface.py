@@ -14,6 +14,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 import model.huggingface
 from model.checkpointing import Checkpointing
+from model.config import ModelFault
 from model.huggingface import HuggingFaceModel, Visible, checkpoint_layers, count_parameters, count_recomputed, positions_in_documents, register
 from model.offload import Offload
 from tests.model.huggingface_models import CONFIGS, LENGTH, batches, build, logits_and_gradients
@@ -198,7 +199,7 @@ def test_every_mode_of_activation_checkpointing_gives_the_gradients_of_none():
 def test_selective_checkpointing_that_would_compute_attention_again_is_refused():
     wrapped = HuggingFaceModel(build("qwen3", "eager").train())
     checkpoint_layers(wrapped.model, Checkpointing("selective", backend="auto"))
-    with pytest.raises(ValueError, match="selective: attention.backend=auto ran none of"):
+    with pytest.raises(ModelFault, match="selective: attention.backend=auto ran none of"):
         wrapped(batches()["plain"]["input_ids"])
 
 

@@ -73,6 +73,16 @@ def test_what_contradicts_the_folder_is_refused(folders):
     assert load(f"model.init_from={llama}", "model.dropout=0.1", "model.sequence_length=64").model.sequence_length == 64, "RoPE has no end"
 
 
+def test_a_backend_that_this_machine_has_not_is_refused_for_a_model_of_transformers_too(folders):
+    llama = folders["llama"][0]
+    told = faults_of(f"model.huggingface={llama}", "attention.backend=triton")
+    assert "1 fault in" in told and "attention.backend: triton runs on cuda, not on cpu" in told and told.endswith("; use auto, sdpa or eager")
+    for capability, head_dim in (((8, 0), "compute capability"), ((9, 0), "head_dim from 64")):
+        with pytest.raises(ConfigError, match=f"attention.backend: hopper needs {head_dim}"):
+            load_config("configs/base.yaml", [f"model.huggingface={llama}", "attention.backend=hopper"], assumed_gpu=capability)
+    assert load(f"model.huggingface={llama}", "attention.backend=sdpa")
+
+
 def test_what_is_not_there_is_told(folders, tmp_path):
     assert "model.init_from: nowhere: no such folder" in faults_of("model.init_from=nowhere")
     assert f"{tmp_path} has no config.json" in faults_of(f"model.huggingface={tmp_path}")
@@ -108,6 +118,11 @@ def test_a_weight_that_transformers_would_draw_anew_is_refused(folders, tmp_path
     with pytest.raises(PretrainedError, match="does not fit LlamaForCausalLM.*layers.1.mlp.up_proj"):
         load_huggingface(load(f"model.huggingface={tmp_path}"), Checkpointing(), end_of_text=None)
     with pytest.raises(PretrainedError, match="weights missing: model.layers.1.mlp.up_proj.weight"):
+        initial_weights(load(f"model.init_from={tmp_path}").model)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(PretrainedError, match="transformers does not load .* with attention.backend=sdpa"):
+        load_huggingface(load(f"model.huggingface={tmp_path}", "attention.backend=sdpa"), Checkpointing(), end_of_text=None)
+    with pytest.raises(PretrainedError, match="its safetensors cannot be read: .*; fetch or export it anew"):
         initial_weights(load(f"model.init_from={tmp_path}").model)
 
 
