@@ -331,6 +331,25 @@ def attention_name(backend: str) -> str:
     return name
 
 
+def attention_for(kind: type[torch.nn.Module], backend: str, *, packed: bool) -> str | None:
+    """The attn_implementation of ``attention.backend`` for a class of models; None where ``auto`` leaves it to attention of the model's own, which is said.
+
+    packed: whether the model will be told of documents by their positions.
+    Raises ModelFault for what a model outside of transformers' AttentionInterface has not: it would break off, or not heed it.
+    """
+    if kind.is_backend_compatible():
+        return attention_name(backend)
+    why = f"{kind.__name__} has attention of its own, outside of transformers' AttentionInterface"
+    if packed:
+        raise ModelFault(f"attention.document_mask: {why}, which need not heed documents; use false")
+    if backend in ("eager", "sdpa"):
+        return backend
+    if backend != "auto":
+        raise ModelFault(f"attention.backend={backend}: {why}; use auto, which leaves it to that")
+    _say_once(f"attention.backend: auto -> the model's own, because {why}")
+    return None
+
+
 def checkpoint_layers(model: torch.nn.Module, checkpointing: Checkpointing) -> None:
     """Compute layers of a model of transformers again in the backward pass, as ``checkpointing`` says of blocks; nothing where its mode is none.
 

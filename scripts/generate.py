@@ -173,11 +173,16 @@ def attention_of(model, options: argparse.Namespace) -> list[str]:
     for attention in ATTENTION if options.compare else (options.attention,):
         try:
             model.set_attn_implementation(attention)
-            found.append(attention)
+            # Of a model outside of transformers' AttentionInterface it sets nothing, and says nothing.
+            why = None if model.config._attn_implementation == attention else "it has attention of its own"
         except ValueError as error:
-            why = f"transformers has no {attention} for {type(model).__name__}: {str(error).split('. ')[0]}"
+            why = str(error).split(". ")[0]
+        if why is None:
+            found.append(attention)
+        else:
+            why = f"transformers has no {attention} for {type(model).__name__}: {why}"
             if not options.compare:
-                raise PretrainedError(f"{why}; use --attention {OURS}") from None
+                raise PretrainedError(f"{why}; use --attention {'eager' if attention == OURS else OURS}")
             print(f"{attention:>12}: left out, {why}", flush=True)
     return found
 

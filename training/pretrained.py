@@ -203,14 +203,15 @@ def load_huggingface(config: "Config", checkpointing: Checkpointing, *, end_of_t
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    from model.huggingface import HuggingFaceModel, attention_name, checkpoint_layers
+    from model.huggingface import HuggingFaceModel, attention_for, checkpoint_layers
 
     disable_progress_bar()
     name = config.model.huggingface
+    attention = attention_for(type(meta_huggingface(name).model), config.attention.backend, packed=config.attention.document_mask)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
     try:
         model, found = AutoModelForCausalLM.from_pretrained(folder_of(name, ["*.json", "*.safetensors"]), dtype=dtype, output_loading_info=True,
-                                                            attn_implementation=attention_name(config.attention.backend))
+                                                            attn_implementation=attention)
     except (OSError, ValueError, SafetensorError) as error:
         raise PretrainedError(f"model.huggingface: transformers does not load {name} with attention.backend={config.attention.backend}: {error}") from None
     wrong = {what: found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[what]}

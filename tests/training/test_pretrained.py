@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from model.checkpointing import Checkpointing
-from model.config import AttentionConfig, GPTConfig
+from model.config import AttentionConfig, GPTConfig, ModelFault
 from model.conversion import export_config, export_state
 from model.gpt import GPT
+from model.huggingface import attention_for
 from tests.launching import deepspeed_run
 from training.config import ConfigError, load_config
 from training.corpus import write_corpus
@@ -124,6 +125,23 @@ def test_a_weight_that_transformers_would_draw_anew_is_refused(folders, tmp_path
         load_huggingface(load(f"model.huggingface={tmp_path}", "attention.backend=sdpa"), Checkpointing(), end_of_text=None)
     with pytest.raises(PretrainedError, match="its safetensors cannot be read: .*; fetch or export it anew"):
         initial_weights(load(f"model.init_from={tmp_path}").model)
+
+
+def test_a_model_with_attention_of_its_own_keeps_it_where_auto_is_asked_for(tmp_path, caplog):
+    """BLOOM is outside of transformers' AttentionInterface, where another's name breaks off or is not heeded."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    BloomForCausalLM(BloomConfig(vocab_size=80, hidden_size=32, n_layer=1, n_head=2)).save_pretrained(tmp_path)
+    model = load_huggingface(load(f"model.huggingface={tmp_path}", "model.sequence_length=16"), Checkpointing("full"), end_of_text=None)
+    assert "auto -> the model's own, because BloomForCausalLM has attention of its own" in caplog.text
+    tokens = torch.arange(16)[None]
+    model(tokens, labels=tokens).backward()
+    for overrides, message in ((["attention.backend=eager", "attention.document_mask=true"], "document_mask: BloomForCausalLM has attention of its own"),
+                               (["attention.document_mask=true"], "use false"), (["attention.backend=sdpa"], "transformers does not load")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            load_huggingface(load(f"model.huggingface={tmp_path}", "model.sequence_length=16", *overrides), Checkpointing(), end_of_text=0)
+    with pytest.raises(ModelFault, match="attention.backend=triton: BloomForCausalLM has attention of its own.*; use auto"):
+        attention_for(BloomForCausalLM, "triton", packed=False)
 
 
 @pytest.mark.gpu
