@@ -98,7 +98,8 @@ def huggingface_zero3(config: Config, *, our_attention: bool = False) -> Trainer
 
         model.set_attn_implementation(attention_name(config.attention.backend))
     if config.train.activation_checkpointing == "full":
-        model.activation_checkpointing_enable()  # not reentrant
+        # transformers 5.23 has a newer name for it; the peer runs with older ones too.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     # It shifts the labels itself, and so drops the last of each sequence.
     return zero3_trainer(model, config, lambda engine, tokens, labels: engine(input_ids=tokens, labels=tokens, use_cache=False).loss,
