@@ -378,8 +378,17 @@ def _run_checkpointed(checkpointing: Checkpointing, layer: Callable, x: torch.Te
 def count_recomputed(model: HuggingFaceModel, checkpointing: Checkpointing) -> dict[str, int]:
     """As ``model.gpt.count_recomputed``; a layer's last product counts, for which it is is the model's own affair."""
     again = [layer for index, layer in enumerate(_layers(model)) if checkpointing.includes(index)]
-    parameters = [p for layer in again for p in layer.parameters() if p.ndim == 1 or not checkpointing.keep_matmuls]
-    return {"parameters": sum(p.numel() for p in parameters), "layers": 0 if checkpointing.mode == "selective" else len(again)}
+    parameters = sum(_of_a_token(model, layer, lambda p: p.ndim == 1 or not checkpointing.keep_matmuls) for layer in again)
+    return {"parameters": parameters, "layers": 0 if checkpointing.mode == "selective" else len(again)}
+
+
+def _of_a_token(model: HuggingFaceModel, module: torch.nn.Module, counts: Callable[[torch.nn.Parameter], bool] = lambda p: True) -> int:
+    """How many parameters of the module compute a token: of a mixture's experts as many as the router chooses."""
+    config = model.model.config.get_text_config(decoder=True)
+    experts = next(filter(None, (getattr(config, name, None) for name in ("num_local_experts", "num_experts", "n_routed_experts"))), 1)
+    chosen = getattr(config, "num_experts_per_tok", None) or experts
+    named = [(f".{name}", p.numel()) for name, p in module.named_parameters() if counts(p)]
+    return sum(n * chosen // experts if ".experts." in name else n for name, n in named)
 
 
 def positions_in_documents(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
@@ -390,8 +399,8 @@ def positions_in_documents(tokens: torch.Tensor, end_of_text: int) -> torch.Tens
 
 
 def count_parameters(model: HuggingFaceModel) -> dict[str, int]:
-    """As ``model.gpt.count_parameters``."""
+    """As ``model.gpt.count_parameters``; matmul without the experts that a token does not meet."""
     head = model.model.get_output_embeddings().weight
     looked_up = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Embedding) and m.weight is not head)
     total = sum(p.numel() for p in model.parameters())
-    return {"total": total, "matmul": total - looked_up}
+    return {"total": total, "matmul": _of_a_token(model, model) - looked_up}

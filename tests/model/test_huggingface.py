@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.generic import is_flash_attention_requested
 
 import model.huggingface
@@ -168,6 +169,17 @@ def test_a_model_of_transformers_is_called_as_ours_is():
     counted = count_parameters(wrapped)
     assert counted["total"] - counted["matmul"] == 64 * 32  # learned positions; the tied embedding multiplies
     assert [each.__name__ for each in wrapped.block_types] == ["GPT2Block"]
+
+
+def test_of_a_mixture_the_experts_that_compute_a_token_are_counted():
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    config = AutoConfig.for_model("mixtral", **sizes, num_local_experts=4, num_experts_per_tok=1)
+    with torch.device("meta"):
+        wrapped = HuggingFaceModel(AutoModelForCausalLM.from_config(config))
+    counted, again = count_parameters(wrapped), count_recomputed(wrapped, Checkpointing("full"))
+    idle, embedding = 2 * 3 * 3 * 32 * 48, 64 * 32  # layers, experts, matrices of each
+    assert counted == {"total": sum(p.numel() for p in wrapped.parameters()), "matmul": counted["total"] - embedding - idle}
+    assert again == {"parameters": sum(p.numel() for p in wrapped.model.model.layers.parameters()) - idle, "layers": 2}
 
 
 def test_every_mode_of_activation_checkpointing_gives_the_gradients_of_none():
