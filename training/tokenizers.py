@@ -239,7 +239,7 @@ class HuggingFaceTokenizer(Tokenizer):
         model, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
         try:
             found = AutoTokenizer.from_pretrained(model, revision=revision or "main")
-        except Exception as error:  # its classes are many
+        except Exception as error:  # what the tokenizers library raises is of this class itself
             raise ValueError(f"tokenizer {name!r} has no tokenizer.json, and transformers makes none of its files: {' '.join(str(error).split())}") from None
         if not found.is_fast or set(found.get_vocab()) <= set(found.all_special_tokens):  # of a folder without files it makes one that knows no text
             raise ValueError(f"tokenizer {name!r} has no tokenizer.json, and no files of which transformers makes one")

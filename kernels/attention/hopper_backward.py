@@ -86,6 +86,7 @@ from kernels.attention.hopper_shared import (
     claim,
     claimed,
     in_place,
+    longest_first,
     multiprocessors,
     put,
     readable_by_tma,
@@ -195,17 +196,11 @@ class Problem:
 
     @gluon.jit
     def place(self, number):
-        """(batch, key head, first key, first tile) of an item. Causal: keys that most queries see first, over heads that L2 holds together."""
+        """(batch, key head, first key, first tile) of an item."""
         key_tiles = (self.seq_k + KEYS - 1) // KEYS
         if self.CAUSAL:
-            all_heads = self.batch * self.kv_heads
-            last_group = gl.maximum(all_heads // self.heads_at_once, 1) - 1  # has the rest as well: a small one would leave programs without work
-            group = gl.minimum(number // (self.heads_at_once * key_tiles), last_group)
-            first_head = group * self.heads_at_once
-            heads = gl.where(group == last_group, all_heads - first_head, self.heads_at_once)
-            rank = number - first_head * key_tiles
-            batch_head = first_head + rank % heads
-            first_key = rank // heads * KEYS
+            batch_head, rank = longest_first(number, key_tiles, self.heads_at_once, self.batch * self.kv_heads)
+            first_key = rank * KEYS
             first_tile = gl.maximum(first_key - (self.seq_k - self.seq_q), 0) // self.QUERIES
         else:
             batch_head = number // key_tiles

@@ -64,6 +64,7 @@ from kernels.attention.hopper_shared import (
     claim,
     claimed,
     in_place,
+    longest_first,
     multiprocessors,
     put,
     readable_by_tma,
@@ -208,14 +209,10 @@ def take_field(shared, slot, FIELD: gl.constexpr):
 
 @gluon.jit
 def work_item(item, heads_at_once, batch_heads, query_tiles, CAUSAL: gl.constexpr):
-    """(head in the batch, tile of queries) of an item. Causal: tiles that see most keys first, over heads whose keys L2 holds together."""
+    """(head in the batch, tile of queries) of an item."""
     if CAUSAL:
-        last_group = gl.maximum(batch_heads // heads_at_once, 1) - 1  # has the rest as well: a small one would leave programs without work
-        group = gl.minimum(item // (heads_at_once * query_tiles), last_group)
-        first_head = group * heads_at_once
-        heads = gl.where(group == last_group, batch_heads - first_head, heads_at_once)
-        rank = item - first_head * query_tiles
-        return first_head + rank % heads, query_tiles - 1 - rank // heads
+        head, rank = longest_first(item, query_tiles, heads_at_once, batch_heads)
+        return head, query_tiles - 1 - rank
     return item // query_tiles, item % query_tiles
 
 

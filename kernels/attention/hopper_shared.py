@@ -51,6 +51,18 @@ def claimed(ticket):
 
 
 @gluon.jit
+def longest_first(item, tiles, heads_at_once, all_heads):
+    """(head, rank of its tile by length) of a work item of causal attention: the tiles with most work first, over heads whose tensors L2 holds
+    together. The last group of heads has the rest as well: a small one would leave programs without work."""
+    last_group = gl.maximum(all_heads // heads_at_once, 1) - 1
+    group = gl.minimum(item // (heads_at_once * tiles), last_group)
+    first_head = group * heads_at_once
+    heads = gl.where(group == last_group, all_heads - first_head, heads_at_once)
+    rank = item - first_head * tiles
+    return first_head + rank % heads, rank // heads
+
+
+@gluon.jit
 def put(place, number):
     """A number into shared memory, int32 [1]."""
     place.store(gl.full([1], 0, gl.int32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0])) + number)
