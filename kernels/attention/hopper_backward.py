@@ -52,12 +52,13 @@ compiler adds none because the second stands where it wants one anyway, between 
 At head_dim 128 the product comes first, and the matrix units need not wait for the store; at 64, where its registers would be spilled, the store.
 
 dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128). It is kept in another
-order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `convert_kernel` brings it back.
+order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `finish_kernel` brings it back.
 
 Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own; so are those before
 the diagonal of the second warpgroup, at head_dim 128 the first of an item, in which it takes part in the rest with a dS of 0. Full attention
-starts each item at another tile, so that the programs of a head add to different rows of dQ at any time; causal attention takes the items with
-the most queries first, over heads whose tensors L2 holds together.
+starts each item at another tile, so that the programs of a head add to different rows of dQ at any time, and divides the last items, which would
+leave programs without work, into parts with some of the queries each, whose dK and dV `finish_kernel` adds; causal attention takes the items
+with the most queries first, over heads whose tensors L2 holds together.
 
 Names carry their shape: M queries of a tile, N the 64 keys of a warpgroup, D head_dim.
 """
@@ -107,8 +108,11 @@ STAGES = gl.constexpr(2)  # tiles of queries in shared memory
 DS_SLOTS = gl.constexpr(2)
 K_SLOTS = gl.constexpr(2)
 ITEMS = gl.constexpr(2)  # work items in shared memory
-ITEM_FIELDS = gl.constexpr(4)  # of each: what `Problem.place` returns, which takes divisions
+ITEM_FIELDS = gl.constexpr(6)  # of each: what `Problem.place` returns, which takes divisions
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
+STEPS_AROUND_AN_ITEM = 2  # what its start and end take
+MOST_PARTS = 8  # of an item: `finish_kernel` reads them one after the other
+ROWS_ADDED = gl.constexpr(16)  # of dK and dV, by one of its programs: few, so that many take part
 COMPUTE_REGISTERS, REGISTERS_AT_START = 240, 168  # 2 * 128 * 240 + 128 * 24 is all of 65536 that is left of 384 * 168
 L2_FOR_A_GROUP = 32 << 20  # bytes of the tensors of heads that are computed together
 FREE = gl.constexpr(FIRST_FREE_BARRIER.value)  # of the hardware's named barriers: one a stage
@@ -129,8 +133,8 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
 
 @aggregate
 class Item:
-    """128 keys of a key head, and the tiles of queries that see them, from first_tile on, the first `masked` of them in part, and the first
-    `before_second` of those none of the second warpgroup's."""
+    """128 keys of a key head, and the tiles of queries that see them, or some of these, from first_tile on, the first `masked` of them in part, and
+    the first `before_second` of those none of the second warpgroup's."""
 
     batch: gl.tensor
     kv_head: gl.tensor
@@ -138,17 +142,19 @@ class Item:
     first_key: gl.tensor
     first_tile: gl.tensor
     tiles: gl.tensor  # at least one
+    part: gl.tensor  # of divided items the number, under which its dK and dV are kept; or else -1
     masked: gl.tensor
     before_second: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, batch, kv_head, first_head, first_key, first_tile, tiles, masked, before_second):
+    def __init__(self, batch, kv_head, first_head, first_key, first_tile, tiles, part, masked, before_second):
         self.batch = batch
         self.kv_head = kv_head
         self.first_head = first_head
         self.first_key = first_key
         self.first_tile = first_tile
         self.tiles = tiles
+        self.part = part
         self.masked = masked
         self.before_second = before_second
 
@@ -162,6 +168,8 @@ class Problem:
     seq_q: gl.tensor
     seq_k: gl.tensor
     heads_at_once: gl.tensor
+    whole: gl.tensor  # items that are not divided into parts
+    parts: gl.tensor  # of each of the others
     GROUP: gl.constexpr  # how many query heads share a key head
     QUERIES: gl.constexpr
     HEAD_DIM: gl.constexpr
@@ -171,12 +179,14 @@ class Problem:
     STAGGERED: gl.constexpr  # the second warpgroup starts an item half a step after the first; or else is ahead by the tiles that it passes by
 
     @gluon.constexpr_function
-    def __init__(self, batch, kv_heads, seq_q, seq_k, heads_at_once, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
+    def __init__(self, batch, kv_heads, seq_q, seq_k, heads_at_once, whole, parts, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
         self.batch = batch
         self.kv_heads = kv_heads
         self.seq_q = seq_q
         self.seq_k = seq_k
         self.heads_at_once = heads_at_once
+        self.whole = whole
+        self.parts = parts
         self.GROUP = gl.constexpr(GROUP)
         self.QUERIES = gl.constexpr(QUERIES)
         self.HEAD_DIM = gl.constexpr(HEAD_DIM)
@@ -192,38 +202,48 @@ class Problem:
 
     @gluon.jit
     def items(self):
-        return self.batch * self.kv_heads * ((self.seq_k + KEYS - 1) // KEYS)
+        """Whole ones and parts."""
+        items = self.batch * self.kv_heads * ((self.seq_k + KEYS - 1) // KEYS)
+        if not self.CAUSAL:
+            items = self.whole + (items - self.whole) * self.parts
+        return items
 
     @gluon.jit
     def place(self, number):
-        """(batch, key head, first key, first tile) of an item."""
+        """(batch, key head, first key, first tile, tiles, part) of an item."""
         key_tiles = (self.seq_k + KEYS - 1) // KEYS
+        tiles = self.all_tiles()
+        part = -1
         if self.CAUSAL:
             batch_head, rank = longest_first(number, key_tiles, self.heads_at_once, self.batch * self.kv_heads)
             first_key = rank * KEYS
             first_tile = gl.maximum(first_key - (self.seq_k - self.seq_q), 0) // self.QUERIES
+            tiles -= first_tile
         else:
+            skipped = 0
+            if number >= self.whole:
+                part = number - self.whole
+                number = self.whole + part // self.parts
+                skipped = part % self.parts * tiles // self.parts
+                tiles = (part % self.parts + 1) * tiles // self.parts - skipped
             batch_head = number // key_tiles
             first_key = number % key_tiles * KEYS
-            first_tile = first_key // self.QUERIES % self.all_tiles()
-        return batch_head // self.kv_heads, batch_head % self.kv_heads, first_key, first_tile
+            first_tile = (first_key // self.QUERIES + skipped) % self.all_tiles()
+        return batch_head // self.kv_heads, batch_head % self.kv_heads, first_key, first_tile, tiles, part
 
     @gluon.jit
-    def item(self, batch, kv_head, first_key, first_tile):
-        all_tiles = self.all_tiles()
-        tiles = all_tiles
+    def item(self, batch, kv_head, first_key, first_tile, tiles, part):
         masked = 0
         before_second = 0
         if self.CAUSAL:
             own_query = first_key - (self.seq_k - self.seq_q)  # the one that sees the first key as its last
-            tiles = all_tiles - first_tile
             masked = (gl.maximum(own_query + KEYS - 1, 0) + self.QUERIES - 1) // self.QUERIES - first_tile
             before_second = gl.minimum(gl.maximum(own_query + OWN_KEYS, 0) // self.QUERIES - first_tile, tiles)
         if self.TAIL:
             masked = gl.where(first_key + KEYS > self.seq_k, tiles, masked)
         masked = gl.minimum(masked, tiles)
         first_head = (batch * self.kv_heads + kv_head) * self.GROUP
-        return Item(batch, kv_head, first_head, first_key, first_tile, tiles, masked, before_second)
+        return Item(batch, kv_head, first_head, first_key, first_tile, tiles, part, masked, before_second)
 
     @gluon.jit
     def first_query(self, item, i):
@@ -280,8 +300,8 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
     taken = 0
     step = 0
     while number < items:
-        batch, kv_head, first_key, first_tile = problem.place(number)
-        item = problem.item(batch, kv_head, first_key, first_tile)
+        batch, kv_head, first_key, first_tile, tiles, part = problem.place(number)
+        item = problem.item(batch, kv_head, first_key, first_tile, tiles, part)
         keys = [item.batch, item.kv_head, item.first_key, 0]
         for member in range(problem.GROUP):
             head = item.first_head + member
@@ -300,6 +320,8 @@ def load(problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_des
                     put(shared.work.index(field + 1), kv_head)
                     put(shared.work.index(field + 2), first_key)
                     put(shared.work.index(field + 3), first_tile)
+                    put(shared.work.index(field + 4), tiles)
+                    put(shared.work.index(field + 5), part)
                     mbarrier.expect(shared.work_full.index(taken % ITEMS), 0)
                     mbarrier.expect(q_full, Q_BYTES + k_desc.block_type.nbytes)
                     mbarrier.expect(dout_full, DOUT_BYTES + v_desc.block_type.nbytes)
@@ -362,7 +384,7 @@ def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot, k_slot):
 
 @gluon.jit
 def add_dq(INDEX: gl.constexpr, problem, shared, dq_desc, dq, head, first_query):
-    """Adds [64, 64] of dQ to global memory, rows and columns in the order of `convert_kernel`: a thread stores four neighbours at once, and eight
+    """Adds [64, 64] of dQ to global memory, rows and columns in the order of `finish_kernel`: a thread stores four neighbours at once, and eight
     threads on as many banks."""
     tile = shared.dq.index(INDEX)
     # Rows: warp, half, three bits of the quad; columns: 16 at a time, half, thread of the quad, pair.
@@ -497,6 +519,17 @@ def pass_tiles(INDEX: gl.constexpr, problem, item, shared, dq_desc, head, k_slot
 
 
 @gluon.jit
+def keep(INDEX: gl.constexpr, problem, item, kept, dk_ND, dv_ND):
+    """dK and dV of the warpgroup's keys as far as this part goes, for `finish_kernel` to add."""
+    row_N = INDEX * OWN_KEYS + gl.arange(0, OWN_KEYS, gl.SliceLayout(1, dk_ND.type.layout))
+    column_D = gl.arange(0, problem.HEAD_DIM, gl.SliceLayout(0, dk_ND.type.layout))
+    place_ND = gl.expand_dims(row_N * problem.HEAD_DIM, 1) + gl.expand_dims(column_D, 0)
+    kept += item.part.to(gl.int64) * (2 * KEYS * problem.HEAD_DIM)
+    gl.store(kept + place_ND, dk_ND)
+    gl.store(kept + KEYS * problem.HEAD_DIM + place_ND, dv_ND)
+
+
+@gluon.jit
 def store(INDEX: gl.constexpr, problem, item, shared, dk_desc, dv_desc, dk_ND, dv_ND):
     """dK and dV of the warpgroup's keys by way of dQ's place: at once at head_dim 64, one after the other at 128."""
     PLACES: gl.constexpr = 128 // problem.HEAD_DIM
@@ -519,7 +552,7 @@ def store(INDEX: gl.constexpr, problem, item, shared, dk_desc, dv_desc, dk_ND, d
 
 
 @gluon.jit
-def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2):
+def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, kept, scale, scale_log2):
     """Warpgroup INDEX: dK and dV of 64 keys an item, and its part of dQ."""
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.HEAD_DIM, 16])
     step = 0
@@ -535,7 +568,8 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
         field = taken % ITEMS * ITEM_FIELDS
         kv_head = take(shared.work.index(field + 1))
         first_key = take(shared.work.index(field + 2))
-        item = problem.item(batch, kv_head, first_key, take(shared.work.index(field + 3)))
+        first_tile = take(shared.work.index(field + 3))
+        item = problem.item(batch, kv_head, first_key, first_tile, take(shared.work.index(field + 4)), take(shared.work.index(field + 5)))
         dk_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
         dv_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
         k_slot = taken % K_SLOTS
@@ -561,7 +595,11 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
                 INDEX, False, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, first, item.tiles,
                 dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
             )  # fmt: skip
-        store(INDEX, problem, item, shared, dk_desc, dv_desc, dk_ND * scale, dv_ND)
+        dk_ND *= scale
+        if problem.CAUSAL or item.part < 0:
+            store(INDEX, problem, item, shared, dk_desc, dv_desc, dk_ND, dv_ND)
+        else:
+            keep(INDEX, problem, item, kept, dk_ND, dv_ND)
         taken += 1
         mbarrier.wait(shared.work_full.index(taken % ITEMS), taken // ITEMS & 1)
         batch = take(shared.work.index(taken % ITEMS * ITEM_FIELDS))
@@ -572,16 +610,18 @@ def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, sca
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads_at_once"])
+@gluon.jit(do_not_specialize=["heads_at_once", "whole", "parts"])
 def backward_kernel(
-    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc, counter, scale, scale_log2, heads_at_once,
+    q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
+    counter, kept, scale, scale_log2, heads_at_once, whole, parts,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, TAIL: gl.constexpr, LOAD: gl.constexpr, COMPUTE: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are [batch, heads, seq, head_dim]; lse_desc and delta_desc, of base-2 log-sum-exps and deltas, [batch * heads * padded seq]."""
     QUERIES: gl.constexpr = q_desc.block_type.shape[2]
     HEAD_DIM: gl.constexpr = q_desc.block_type.shape[3]
     problem = Problem(
-        k_desc.shape[0], k_desc.shape[1], q_desc.shape[2], k_desc.shape[2], heads_at_once, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL
+        k_desc.shape[0], k_desc.shape[1], q_desc.shape[2], k_desc.shape[2], heads_at_once, whole, parts,
+        GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL,
     )  # fmt: skip
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, QUERIES], k_desc.dtype)
@@ -606,8 +646,8 @@ def backward_kernel(
         mbarrier.init(shared.dout_full.index(i), count=1)
     gl.thread_barrier()  # here once, where the compiler would put one into the first warpgroup's loop, before it waits at what is initialised here
     gl.warp_specialize([
-        (compute, (0, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
-        (compute, (1, problem, shared, dq_desc, dk_desc, dv_desc, scale, scale_log2)),
+        (compute, (0, problem, shared, dq_desc, dk_desc, dv_desc, kept, scale, scale_log2)),
+        (compute, (1, problem, shared, dq_desc, dk_desc, dv_desc, kept, scale, scale_log2)),
         (load, (problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, counter)),
     ], [4, 1], [COMPUTE, LOAD])  # fmt: skip
 
@@ -640,14 +680,13 @@ OPTIONS = dict(num_warps=4, maxnreg=REGISTERS_AT_START)
 
 
 @triton.jit
-def convert_kernel(
-    sums, dq, heads, seq, rows, scale, dq_batch, dq_row, dq_head, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr
+def _convert(
+    block, sums, dq, heads, seq_q, rows, scale, dq_batch, dq_row, dq_head, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """dq = scale * sums, from float32 [batch, heads, rows, HEAD_DIM] in the order of `add_dq` to dq's dtype and strides."""
-    tiles = tl.cdiv(seq, BLOCK_M)
-    first = tl.program_id(0) % tiles * BLOCK_M
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
-    m = tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(seq_q, BLOCK)
+    first = block % tiles * BLOCK
+    batch_head = (block // tiles).to(tl.int64)
+    m = tl.arange(0, BLOCK)
     d = tl.arange(0, HEAD_DIM)
     # Of a row's last three bits the lowest came to the front, of a column's last four the first behind the two of the thread in its quad.
     place_M = m // 8 * 8 + m % 2 * 4 + m // 2 % 4
@@ -655,7 +694,48 @@ def convert_kernel(
     tile = sums + (batch_head * rows + first) * HEAD_DIM
     sums_MD = tl.load(tile + place_M[:, None] * HEAD_DIM + place_D[None, :])
     base = dq + batch_head // heads * dq_batch + batch_head % heads * dq_head
-    store_rows(base, dq_row, first, seq, sums_MD * scale, HEAD_DIM, BLOCK_M, HEAD_DIM)
+    store_rows(base, dq_row, first, seq_q, sums_MD * scale, HEAD_DIM, BLOCK, HEAD_DIM)
+
+
+@triton.jit
+def _add_parts(
+    block, kept, dk, dv, kv_heads, seq_k, whole, parts, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    blocks: tl.constexpr = KEYS // ROWS_ADDED
+    item = block // (2 * blocks)
+    of_values = block // blocks % 2
+    row = block % blocks * ROWS_ADDED
+    of_part = (row + tl.arange(0, ROWS_ADDED))[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)[None, :]
+    place = kept + (item * parts * 2 + of_values).to(tl.int64) * (KEYS * HEAD_DIM) + of_part
+    sums_ND = tl.load(place)
+    for _ in range(1, parts):
+        place += 2 * KEYS * HEAD_DIM
+        sums_ND += tl.load(place)
+    key_tiles = tl.cdiv(seq_k, KEYS)
+    batch_head = ((whole + item) // key_tiles).to(tl.int64)
+    first = (whole + item) % key_tiles * KEYS + row
+    if of_values == 0:
+        base = dk + batch_head // kv_heads * dk_batch + batch_head % kv_heads * dk_head
+        store_rows(base, dk_row, first, seq_k, sums_ND, HEAD_DIM, ROWS_ADDED, HEAD_DIM)
+    else:
+        base = dv + batch_head // kv_heads * dv_batch + batch_head % kv_heads * dv_head
+        store_rows(base, dv_row, first, seq_k, sums_ND, HEAD_DIM, ROWS_ADDED, HEAD_DIM)
+
+
+@triton.jit
+def finish_kernel(
+    sums, dq, kept, dk, dv, blocks, heads, seq_q, rows, scale, kv_heads, seq_k, whole, parts,
+    dq_batch, dq_row, dq_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dq = scale * sums, from float32 [batch, heads, rows, HEAD_DIM] in the order of `add_dq` to dq's dtype and strides, by the first `blocks`
+    blocks; the others add up dk and dv of the items from `whole` on, kept by their parts, float32 [all parts, 2, KEYS, HEAD_DIM]."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # what was written last comes first: L2 still has it
+    if kept is None or block < blocks:
+        _convert(block, sums, dq, heads, seq_q, rows, scale, dq_batch, dq_row, dq_head, HEAD_DIM, BLOCK)
+    else:
+        _add_parts(
+            block - blocks, kept, dk, dv, kv_heads, seq_k, whole, parts, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, HEAD_DIM
+        )  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -664,10 +744,24 @@ class Plan(NamedTuple):
     rows: Callable  # the launch of the rows' kernel, which takes its tensors
     padded: tuple[int, int, int]  # batch, heads and rows of log-sum-exps and deltas
     programs: int
+    kept: tuple[int, int, int, int] | None  # shape of what parts of items keep of dK and dV
     views: tuple[View, ...]  # of q, k, v and dout; of log-sum-exps and of deltas; of dQ's sums; of dk and dv
     rest: tuple
     key: tuple
-    convert: Callable  # the launch of `convert_kernel`
+    finish: Callable  # the launch of `finish_kernel`
+
+
+def divide(items: int, steps: int, tiles: int, programs: int) -> tuple[int, int]:
+    """(whole items, parts of each of the others). items: all, of that many steps each, over that many tiles of queries.
+
+    Where the last round of items would leave programs without work, these are divided, into as many parts as fill one round or two."""
+    last = items % programs
+    times = {1: steps + STEPS_AROUND_AN_ITEM}
+    for rounds in (1, 2) if last else ():
+        parts = min(rounds * programs // last, tiles, MOST_PARTS)
+        times.setdefault(parts, rounds * (steps * blocks(tiles, parts) / tiles + STEPS_AROUND_AN_ITEM))
+    parts = min(times, key=times.get)
+    return (items, 1) if parts == 1 else (items - last, parts)
 
 
 @planned
@@ -680,6 +774,9 @@ def plan_backward(device: torch.device, dtype: torch.dtype, q_shape, k_shape, of
     rows = blocks(seq_q, queries) * queries
     # Two bytes each in K, V, Q and dO, four in dQ
     heads_at_once = max(1, L2_FOR_A_GROUP // (head_dim * (4 * seq_k + 8 * group * seq_q)))
+    items = blocks(seq_k, KEYS.value) * batch * kv_heads
+    tiles = rows // queries
+    whole, parts = (items, 1) if causal else divide(items, group * tiles, tiles, multiprocessors(device))
     of_kernel = Constants(group, causal, seq_k % KEYS.value != 0)
     of_rows = View([batch * heads * rows], [1], [queries], one_dimensional())
     tile = [1, DQ_TILE.value, DQ_TILE.value]
@@ -689,16 +786,19 @@ def plan_backward(device: torch.device, dtype: torch.dtype, q_shape, k_shape, of
         of_rows, of_rows, View([batch * heads, rows, head_dim], [rows * head_dim, head_dim, 1], tile, dq_layout()),
         view(k_shape, of_dk, OWN_KEYS.value, dtype), view(k_shape, of_dv, OWN_KEYS.value, dtype),
     )  # fmt: skip
+    conversions = blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads
     return Plan(
         plan_rows(q_shape, of_dout, of_out, rows),
         (batch, heads, rows),
-        min(blocks(seq_k, KEYS.value) * batch * kv_heads, multiprocessors(device)),
+        min(whole + (items - whole) * parts, multiprocessors(device)),
+        None if whole == items else ((items - whole) * parts, 2, KEYS.value, head_dim),
         views,
-        (scale, scale * LOG2_E, heads_at_once, *of_kernel),
+        (scale, scale * LOG2_E, heads_at_once, whole, parts, *of_kernel),
         (device.index, dtype, head_dim, of_kernel),
         partial(
-            launch_specialised, convert_kernel, blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads,
-            numbers=(heads, seq_q, rows, scale, *row_strides((of_dq,))), constants=(head_dim, ROWS_PER_PROGRAM),
+            launch_specialised, finish_kernel, conversions + (items - whole) * 2 * (KEYS.value // ROWS_ADDED.value),
+            numbers=(conversions, heads, seq_q, rows, scale, kv_heads, seq_k, whole, parts, *row_strides((of_dq, of_dk, of_dv))),
+            constants=(head_dim, ROWS_PER_PROGRAM),
         ),
     )  # fmt: skip
 
@@ -714,13 +814,15 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
     plan = plan_backward(q.device, q.dtype, q.shape, k.shape, of + strides(out, dq, dk, dv), causal, scale)
     delta = lse.new_empty(plan.padded)
     padded_lse = None if delta.shape == lse.shape else torch.empty_like(delta)
-    sums = lse.new_zeros((*plan.padded, q.shape[3]))
+    sums = lse.new_empty((*plan.padded, q.shape[3]))
+    kept = sums if plan.kept is None else lse.new_empty(plan.kept)  # which the kernel then leaves alone
     described = q, k, v, dout, lse if padded_lse is None else padded_lse, delta, sums, dk, dv
     descriptors = [Descriptor(x, view) for x, view in zip(described, plan.views)]
     counter = work_counter(q.device)
     plan.rows((dout, None if dlse is None else dlse.contiguous(), out, lse, padded_lse, delta))
-    launch(backward_kernel, plan.programs, descriptors, (counter,), plan.rest, plan.key, OPTIONS)
-    plan.convert((sums, dq))
+    sums.zero_()  # after that kernel, whose reads would wait for zeros that L2 has yet to write to memory: 42 us for 38
+    launch(backward_kernel, plan.programs, descriptors, (counter, kept), plan.rest, plan.key, OPTIONS)
+    plan.finish((sums, dq, None, None, None) if plan.kept is None else (sums, dq, kept, dk, dv))
 
 
 def _gradients(dout, dlse, q, k, v, *_):

@@ -285,3 +285,31 @@ def test_bfloat16_is_refused_and_auto_still_means_pytorchs_kernel():
     assert unsupported("triton", **asked, dtype=torch.float32) is None
     assert "wrong in bfloat16 under TRITON_INTERPRET=1" in unsupported("triton", **asked, dtype=torch.bfloat16)
     assert choose(**asked, dtype=torch.float32)[0] == "sdpa"
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_the_hopper_backward_leaves_is_finished(head_dim):
+    """Its last kernel, which is plain Triton: dQ out of the order of threads, and dK and dV of the divided items, here the last 4 of 12."""
+    from kernels.attention.hopper_backward import KEYS, ROWS_ADDED, finish_kernel
+    from kernels.attention.triton_backward import ROWS_PER_PROGRAM
+
+    batch, heads, kv_heads, seq, rows, whole, parts = 2, 4, 2, 300, 384, 8, 3
+    generator = torch.Generator().manual_seed(fresh_seed())
+    sums, kept = torch.randn(batch, heads, rows, head_dim, generator=generator), torch.randn(4, parts, 2, KEYS.value, head_dim, generator=generator)
+    dq, dk, dv = (torch.full((batch, seq, n, head_dim), torch.nan) for n in (heads, kv_heads, kv_heads))
+    conversions = -(-seq // ROWS_PER_PROGRAM) * batch * heads
+    strides = [stride for x in (dq, dk, dv) for stride in x.stride()[:3]]
+    finish_kernel[(conversions + 4 * 2 * (KEYS.value // ROWS_ADDED.value),)](
+        sums, dq, kept, dk, dv, conversions, heads, seq, rows, 0.5, kv_heads, seq, whole, parts, *strides, head_dim, ROWS_PER_PROGRAM
+    )
+    # Threads hold of 8 rows pairs of neighbouring columns, eight apart: [row // 8, row's quad, row % 2][column // 16, thread, half, pair]
+    ordered = sums.view(batch, heads, rows // 8, 2, 4, head_dim // 16, 4, 2, 2).permute(0, 1, 2, 4, 3, 5, 7, 6, 8).reshape(sums.shape)
+    torch.testing.assert_close(dq, 0.5 * ordered[:, :, :seq].transpose(1, 2))
+    for of, x in enumerate((dk, dv)):
+        by_item = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 384 - seq), value=torch.nan).transpose(1, 2).reshape(12, KEYS.value, head_dim)
+        wanted = kept[:, :, of].sum(1)
+        for item in range(4):
+            there = ~by_item[whole + item].isnan().any(1)
+            torch.testing.assert_close(by_item[whole + item][there], wanted[item][there])
+            assert there.sum() == min(KEYS.value, seq - (whole + item) % 3 * KEYS.value)
+        assert by_item[:whole].isnan().all()

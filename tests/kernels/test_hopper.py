@@ -116,6 +116,24 @@ def test_the_backwards_exponentials_and_differences_run_under_matrix_products(co
         assert sum(expected.items() <= loop.items() for loop in row["loops"]) >= 2, (row["case"], row["loops"])
 
 
+def test_items_are_divided_where_programs_would_have_no_work():
+    from kernels.attention.hopper_backward import MOST_PARTS, STEPS_AROUND_AN_ITEM, divide
+
+    def steps_until_all_are_done(items, steps):
+        return -(-items // 132) * (steps + STEPS_AROUND_AN_ITEM)
+
+    gains = 0
+    for items, group, tiles in itertools.product((1, 16, 68, 131, 132, 133, 200, 264, 2048, 4096), (1, 4), (1, 2, 7, 8, 16, 256)):
+        whole, parts = divide(items, group * tiles, tiles, 132)
+        assert whole == items and parts == 1 or whole % 132 == 0 and items - whole < 132 and 1 < parts <= min(tiles, MOST_PARTS)
+        of_parts = steps_until_all_are_done((items - whole) * parts, group * math.ceil(tiles / parts))
+        divided, undivided = steps_until_all_are_done(whole, group * tiles) + of_parts, steps_until_all_are_done(items, group * tiles)
+        assert divided <= undivided
+        gains += divided < undivided
+    assert gains > 50
+    assert divide(2048, 16, 16, 132) == (1980, 3) and divide(4096, 128, 128, 132) == (4092, 8)
+
+
 def tile_arguments(case: str) -> dict:
     _, head_dim, mask, seq_q, seq_k = case.split(",")[:5]
     return dict(head_dim=int(head_dim), causal=mask == "causal", seq_q=int(seq_q), seq_k=int(seq_k))
@@ -200,6 +218,13 @@ def test_gradients(head_dim, causal, dtype):
 def test_gradients_of_grouped_and_multi_query_heads(heads, kv_heads):
     for head_dim, causal in itertools.product((64, 128), (True, False)):
         check("hopper", gpu_case(700, 600, heads=heads, kv_heads=kv_heads, head_dim=head_dim, causal=causal, scale=0.3), with_lse=True)
+
+
+@gpu
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_gradients_where_the_last_items_are_divided(head_dim):
+    """264 whole ones, two for each of an H100's or H200's multiprocessors, and 24 in parts."""
+    check("hopper", gpu_case(1000, 1000, batch=9, heads=8, kv_heads=4, head_dim=head_dim, causal=False), with_lse=True)
 
 
 @gpu
