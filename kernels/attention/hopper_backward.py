@@ -716,10 +716,11 @@ def _add_parts(
     first = (whole + item) % key_tiles * KEYS + row
     if of_values == 0:
         base = dk + batch_head // kv_heads * dk_batch + batch_head % kv_heads * dk_head
-        store_rows(base, dk_row, first, seq_k, sums_ND, HEAD_DIM, ROWS_ADDED, HEAD_DIM)
+        row_stride = dk_row
     else:
         base = dv + batch_head // kv_heads * dv_batch + batch_head % kv_heads * dv_head
-        store_rows(base, dv_row, first, seq_k, sums_ND, HEAD_DIM, ROWS_ADDED, HEAD_DIM)
+        row_stride = dv_row
+    store_rows(base, row_stride, first, seq_k, sums_ND, HEAD_DIM, ROWS_ADDED, HEAD_DIM)
 
 
 @triton.jit
