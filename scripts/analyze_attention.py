@@ -218,6 +218,7 @@ def gpu_here() -> dict | None:
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(0)
+    clock, memory_clock, lines = (getattr(p, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width"))  # not in every PyTorch
     return {
         "name": p.name,
         "multiprocessors": p.multi_processor_count,
@@ -226,8 +227,8 @@ def gpu_here() -> dict | None:
         "l2": p.L2_cache_size,
         "dram": p.total_memory,
         # Clocks in kHz, two bits a line and cycle.
-        "shared_memory_bandwidth": p.multi_processor_count * p.clock_rate * 1e3 * 128,
-        "dram_bandwidth": 2 * p.memory_clock_rate * 1e3 * p.memory_bus_width / 8,
+        "shared_memory_bandwidth": p.multi_processor_count * clock * 1e3 * 128 or None,
+        "dram_bandwidth": 2 * memory_clock * 1e3 * lines / 8 or None,
     }
 
 
