@@ -203,6 +203,18 @@ def test_the_page_says_what_each_stage_holds(processes):
             )
 
 
+def test_the_page_says_what_long_contexts_take():
+    none = ["train.checkpoint_offload=false", "train.mlp_tile=null", "train.compile=false", "train.activation_checkpointing=none"]
+    steps = [(1, none), (1, none[:3]), (1, none[1:3]), (1, []), (4, ["parallel.sequence=4", "model.sequence_length=4000000"])]
+    for (processes, settings), (_, peak, _, longest) in zip(steps, rows_after("## Long contexts"), strict=True):
+        config = load_config("configs/gpt-1.3b-long.yaml", settings, world_size=processes, assumed_gpu=(9, 0))[0]
+        found = memory.largest_sequence(config, processes, memory.capacity("H200"))
+        on_host = sum(memory.estimate(memory.changed(config, {"model.sequence_length": found}), processes).host.values())
+        assert float(re.match(r"[\d,]+", peak)[0].replace(",", "")) == round(memory.estimate(config, processes).peak.bytes / memory.GIB)
+        assert longest.startswith(f"{found:,}") and ("(" in longest) == (on_host > 0)
+        assert not on_host or f"({on_host / memory.GIB:.0f} GiB o" in longest
+
+
 # --- what fits, what helps ------------------------------------------------------------------------------------------------
 
 
