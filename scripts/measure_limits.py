@@ -254,6 +254,8 @@ def largest_in_time(of: Callable[[int], Config], predicted: int, unit: int, seco
 
     def expected(n: int) -> float:
         meter = Meter(of(n), 1, device_name=torch.cuda.get_device_name() if torch.cuda.is_available() else "H200")
+        if meter.peak_flops is None:
+            raise UserFault(f"--longest: the peak FLOP/s of {meter.device_name} are not known; add it to training/flops.py, or use --parts speed offload")
         return meter.flops_per_token * meter.tokens_per_step / (MFU * meter.peak_flops)
 
     while most > unit and expected(most) > seconds:

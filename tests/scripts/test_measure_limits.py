@@ -105,7 +105,7 @@ def test_what_failed_is_noted_and_tried_again_by_a_start_that_goes_on_behind_the
     assert not trained and json.loads(out.read_text())["speed"] == second["speed"], "a part that is not asked for stays"
 
 
-def test_mistakes_are_told(trained, tmp_path, capsys):
+def test_mistakes_are_told(trained, monkeypatch, tmp_path, capsys):
     out = tmp_path / "limits.json"
     assert measure_limits.main(["--out", str(out), "--parts", "speed", "--override", "model.layer=1"]) == 2
     assert "nearest valid one is model.layers" in capsys.readouterr().err
@@ -113,6 +113,9 @@ def test_mistakes_are_told(trained, tmp_path, capsys):
     assert measure_limits.main(["--out", str(out), "--parts", "speed", "--lengths", "512"]) == 2
     assert "was measured with override ['model.layers=1'" in capsys.readouterr().err
     assert measure_limits.main(["--plot", str(tmp_path / "none.json"), "--out", str(tmp_path / "limits.png")]) == 2
+    monkeypatch.setattr("training.metering.peak_flops", lambda device, precision: None)
+    assert measure_limits.main(["--out", str(tmp_path / "batch.json"), "--parts", "batch", "--override", *TINY]) == 2
+    assert "--longest: the peak FLOP/s of H200 are not known; add it" in capsys.readouterr().err
     for wrong in (["--plot", str(out)], ["--steps", "1"], ["--lengths", "0"]):
         with pytest.raises(SystemExit):
             measure_limits.main(wrong)
