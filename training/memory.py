@@ -455,7 +455,8 @@ def _stage_0(config: Config, parameters: Parameters, processes: int) -> _States:
         always,
         e * sum(parameters.block),
         at_once * (e + cast),
-        {"gradients": e * p + master, "workspace": _muon_step(config, parameters, p)},
+        # Muon takes whole matrices one by one: direction, and while it is orthogonalised as much again.
+        {"gradients": e * p + master, "workspace": 2 * (FP32 + e) * max(parameters.block) if config.optimizer.name == "muon" else 0},
         whole_gradients=True,
         between={"gradients": e * p},
     )

@@ -45,6 +45,7 @@ CASES = [
     ["zero.stage=0", "train.precision=fp32", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.precision=fp16"],
+    ["zero.stage=0", "optimizer.name=muon"],
     [*LONG, *OFFLOADED, *TILES, "model.positions=rope", "parallel.sequence=2"],
     ["train.global_batch_size=2", *LONG[1:], *OFFLOADED, *TILES, *LLAMA],
 ]
