@@ -13,6 +13,10 @@ import torch
 PORTABLE = 1  # cudaHostRegisterPortable
 
 
+class HostMemoryError(RuntimeError):
+    """Block inputs found no room in the host's memory."""
+
+
 class Offload:
     """Where block inputs wait; a buffer serves again once its input is back. On a CPU they are copied there and back."""
 
@@ -91,7 +95,7 @@ def pinned_like(x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
         code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, PORTABLE))
         if code != 0:
-            raise RuntimeError(
+            raise HostMemoryError(
                 f"train.checkpoint_offload: {host.nbytes:,} bytes of the host's memory could not be pinned (CUDA error {code}); "
                 "give the run more, raise what may be locked (ulimit -l), shorten model.sequence_length, or use train.checkpoint_offload=false"
             )

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from kernels.attention import attention, unsupported  # noqa: E402
-from kernels.attention.tuning import SHARED_MEMORY_LIMIT, hopper_tile, tile_for  # noqa: E402
+from kernels.attention.tuning import SHARED_MEMORY_LIMIT, generation, hopper_tile, tile_for  # noqa: E402
 from training.flops import peak_flops  # noqa: E402
 
 LENGTHS = [2**power for power in range(9, 18)]  # 512 to 131072
@@ -124,7 +124,7 @@ class Tiles:
     registers: int
 
 
-def forward_tiles(backend: str, case: Case, generation: str = "sm_90") -> Tiles:
+def forward_tiles(backend: str, case: Case, arch: str = "sm_90") -> Tiles:
     """What the kernels use for this case."""
     d = case.head_dim
     if backend == "hopper":
@@ -134,7 +134,7 @@ def forward_tiles(backend: str, case: Case, generation: str = "sm_90") -> Tiles:
         queries = tile.warpgroups * QUERIES.value
         shared = HALF * d * (Q_SLOTS.value * queries + 2 * tile.stages * tile.keys + queries)  # Q, K and V, O
         return Tiles(queries, tile.keys, shared, FP32 * queries * (d + tile.keys))
-    tile = tile_for(generation, "forward", torch.bfloat16, d, score_features=False)
+    tile = tile_for(arch, "forward", torch.bfloat16, d, score_features=False)
     return Tiles(
         tile.queries, tile.keys, HALF * d * (tile.queries + (tile.stages - 1) * 2 * tile.keys), FP32 * tile.queries * (d + tile.keys)
     )
@@ -214,10 +214,11 @@ GPUS = (
 
 
 def gpu_here() -> dict | None:
-    """What PyTorch says of the GPU at hand."""
+    """What PyTorch says of the GPU at hand: bytes, and bytes/s at the boost clock; of L2's bandwidth and of latencies no driver says anything."""
     if not torch.cuda.is_available():
         return None
     p = torch.cuda.get_device_properties(0)
+    clock, memory_clock, lines = (getattr(p, name, 0) for name in ("clock_rate", "memory_clock_rate", "memory_bus_width"))  # not in every PyTorch
     return {
         "name": p.name,
         "multiprocessors": p.multi_processor_count,
@@ -225,6 +226,9 @@ def gpu_here() -> dict | None:
         "shared_memory": p.multi_processor_count * p.shared_memory_per_multiprocessor,
         "l2": p.L2_cache_size,
         "dram": p.total_memory,
+        # Clocks in kHz, two bits a line and cycle.
+        "shared_memory_bandwidth": p.multi_processor_count * clock * 1e3 * 128 or None,
+        "dram_bandwidth": 2 * memory_clock * 1e3 * lines / 8 or None,
     }
 
 
@@ -524,27 +528,41 @@ def measure(head_dim: int, out: Path) -> None:
     from training.files import write_atomically
     from training.tracking import collect_environment, to_json
 
-    result = {"environment": collect_environment(), "device": gpu_here(), "rows": [], "counters": counters(head_dim)}
+    result = {"environment": collect_environment(), "device": gpu_here(), "rows": [], "counters": "not read yet"}
     for backend in ("eager", "triton", "hopper"):
         for n in LENGTHS:
             case = Case(n, head_dim)
             formula = standard_memory(case) if backend == "eager" else flash_memory(case, backend)
             predicted = {which: sum(formula[which].values()) for which in ("forward", "backward")}
             row = {"backend": backend, "seq": n, "predicted": predicted}
-            reason = unsupported(
-                backend, device_type="cuda", dtype=torch.bfloat16, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability()
-            )
+            reason = refusal(backend, head_dim)
+            torch.cuda.empty_cache()  # what the row before needed is free only then
             if reason is None and max(predicted.values()) > 0.9 * torch.cuda.mem_get_info()[0]:
                 reason = "needs more memory than is free"
             result["rows"].append(row | ({"left_out": reason} if reason else measured(case, backend)))
             write_atomically(out, to_json(result))
-    apart = [
-        row["predicted"][which] / row["measured"][which] - 1 for row in result["rows"] if "measured" in row for which in row["measured"]
-    ]
-    print(
-        f"{len(apart)} peaks, formula / measured from {min(apart):+.2%} to {max(apart):+.2%}; "
-        f"counters: {result['counters']}\nwritten to {out}"
+    print(peaks_table(result["rows"]), flush=True)
+    result["counters"] = counters(head_dim)  # last, since a profiler may take minutes
+    write_atomically(out, to_json(result))
+    print(f"\ncounters: {result['counters']}\nwritten to {out}")
+
+
+def refusal(backend: str, head_dim: int) -> str | None:
+    """Why the GPU at hand cannot run it; None where it can."""
+    return unsupported(
+        backend, device_type="cuda", dtype=torch.bfloat16, head_dim=head_dim, compute_capability=torch.cuda.get_device_capability()
     )
+
+
+def peaks_table(found: list[dict]) -> str:
+    """Formula beside measurement, or why there is none."""
+    rows = []
+    for row in found:
+        for which, formula in row["predicted"].items():
+            peak = row.get("measured", {}).get(which)
+            cells = [row["left_out"], "-"] if peak is None else [size(peak), f"{formula / peak - 1:+.2%}"]
+            rows.append([row["backend"], which, f"{row['seq']:,}", size(formula), *cells])
+    return markdown(["backend", "peak of", "N", "formula", "measured", "difference"], rows)
 
 
 def measured(case: Case, backend: str) -> dict:
@@ -584,6 +602,8 @@ def counters(head_dim: int) -> list[dict] | str:
         return "not available: Nsight Compute (ncu) is not installed on this machine"
     found = []
     for backend in ("hopper", "triton"):
+        if refusal(backend, head_dim) is not None:
+            continue
         for n in (2048, 8192):
             case = Case(n, head_dim)
             command = [
@@ -618,7 +638,7 @@ def counters(head_dim: int) -> list[dict] | str:
                 row["Metric Name"]: float(row["Metric Value"].replace(",", "")) * scale(row["Metric Unit"])
                 for row in csv.DictReader(io.StringIO("\n".join(lines)))
             }
-            traffic = flash_traffic(case, forward_tiles(backend, case))
+            traffic = flash_traffic(case, forward_tiles(backend, case, generation(torch.cuda.get_device_capability())))
             found.append(
                 {"backend": backend, "seq": n, "formula": traffic} | {name: values.get(metric) for name, metric in NSIGHT_METRICS.items()}
             )

@@ -9,7 +9,8 @@ docs/memory.md derives the numbers.
 
 --measure trains each row of ``ROWS`` for this many processes, three steps on random tokens by train.py's engine, and writes the peak of
 ``torch.cuda.max_memory_allocated`` beside the prediction, after every row. --part 1/2 takes every second row, so that two processes share
-the work of one on two GPUs. Rows that --limit leaves no time for are left out. Weights are of one size, since memory does not depend on
+the work of one on two GPUs. Rows that --limit leaves no time for are left out. The same command again keeps what --out has measured, and goes
+on behind it: remove the file to begin anew. Weights are of one size, since memory does not depend on
 them. Where DeepSpeed's CPU Adam is not compiled yet, torch's steps the host's states: neither holds memory of the GPU.
 """
 
@@ -31,7 +32,7 @@ import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 
 from training.config import Config, ConfigError, load_config  # noqa: E402
-from training.distributed import UserFault  # noqa: E402
+from training.distributed import Ranks, UserFault, one_clear_message  # noqa: E402
 from training.files import write_atomically  # noqa: E402
 from training.flops import compute_capability, known_gpus  # noqa: E402
 from training.memory import GIB, Estimate, Moment, estimate, summary  # noqa: E402
@@ -80,10 +81,15 @@ ROWS = {
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.table:
-        print(table([row for file in options.table for row in json.loads(file.read_text())["rows"]]))
+        try:
+            print(table([row for file in options.table for row in json.loads(file.read_text())["rows"]]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"--table: not what --measure writes: {type(error).__name__}: {error}; give it files of --measure --out", file=sys.stderr)
+            return 2
         return 0
     if options.measure:
-        return measure(options)
+        with one_clear_message(Ranks.from_environment()):
+            return measure(options)
     try:
         config, notes = load_config(
             options.config, options.overrides, world_size=options.gpus, assumed_gpu=compute_capability(options.gpu_name)
@@ -114,7 +120,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     if options.config and compute_capability(options.gpu_name) is None:
         parser.error(f"--gpu-name {options.gpu_name}: its peak is not known; known (as patterns): {', '.join(known_gpus())}")
-    if options.gpus < 1 or not 0 < options.mfu <= 1 or (options.tokens is not None and options.tokens <= 0):
+    if options.measure and not torch.cuda.is_available():
+        parser.error("--measure needs a GPU, and torch sees none here")
+    try:
+        part, parts = (int(number) for number in options.part.split("/"))
+    except ValueError:
+        part = parts = 0
+    if not 1 <= part <= parts:
+        parser.error(f"--part {options.part}: not the Kth of every N rows, as in 1/2")
+    options.part = part, parts
+    if options.gpus < 1 or not 0 < options.mfu <= 1 or (options.tokens is not None and not 0 < options.tokens < float("inf")):
         parser.error("--gpus is at least 1, --mfu above 0 and at most 1, --tokens above 0")
     return options
 
@@ -175,7 +190,7 @@ def table(rows: list[dict]) -> str:
 
 
 def measure(options: argparse.Namespace) -> int:
-    from training.distributed import end_process, gather, join_process_group
+    from training.distributed import end_process, from_first_rank, gather, join_process_group
     from training.tracking import collect_environment, to_json
 
     started = time.perf_counter()
@@ -186,14 +201,20 @@ def measure(options: argparse.Namespace) -> int:
     if world not in ROWS:
         raise SystemExit(f"--measure has rows for {' or '.join(map(str, ROWS))} processes, not for {world}")
     torch._dynamo.config.recompile_limit = 64  # the loss is compiled for each dtype and size; past the limit it would be eager
-    part, parts = (int(number) for number in options.part.split("/"))
+    part, parts = options.part
     result = {"environment": collect_environment(), "gpus": world, "steps": STEPS, "rows": []}
+    before = from_first_rank(lambda: measured_before(options.out, gpus=world)) or {"rows": []}
+    result["rows"] = [row for row in before["rows"] if "measured_bytes" in row]
+    there = [(row["config"], row["micro_batch"], *row["settings"]) for row in result["rows"]]
     for name, micro, *settings in ROWS[world][part - 1 :: parts]:
+        if (name, micro, *settings) in there:
+            print(f"{name} {micro} {settings}: measured before, in {options.out}", flush=True)
+            continue
         # One rank's clock for all: each begins the same rows.
         if max(gather(time.perf_counter() - started)) > options.limit:
             print(f"{name} {micro} {settings}: left out, --limit is over", flush=True)
             continue
-        row = measured_row(name, micro, settings, world)
+        row = measured_row(name, micro, settings, world) | {"git_sha": result["environment"]["git_sha"]}
         result["rows"].append(row)
         if first:
             print(table([row]).splitlines()[-1], f"{row['seconds']:.1f} s", flush=True)
@@ -203,6 +224,28 @@ def measure(options: argparse.Namespace) -> int:
         print(f"\n{table(result['rows'])}\n\nwritten to {options.out} after {time.perf_counter() - started:.0f} s")
     end_process()
     return 0
+
+
+def measured_before(file: Path, **same: object) -> dict | None:
+    """What a start before this one wrote, so that it can go on; None where there is no such file.
+
+    same: what has to be the same of both, by key of the JSON; and so has the GPU.
+
+    Raises:
+        UserFault: it is not, or the file is no such JSON.
+    """
+    if not file.exists():
+        return None
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    try:
+        before = json.loads(file.read_text())
+        found = {"gpu_name": before["environment"]["gpu_name"]} | {key: before[key] for key in same}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserFault(f"--out {file}: not what this program writes ({type(error).__name__}: {error}); name another file") from None
+    for key, value in ({"gpu_name": gpu} | same).items():
+        if found[key] != value:
+            raise UserFault(f"--out {file}: was measured with {key} {found[key]}, and this is {value}; remove it, or name another file")
+    return before
 
 
 def measured_row(name: str, micro: int, settings: list[str], world: int) -> dict:
@@ -227,8 +270,8 @@ def measured_row(name: str, micro: int, settings: list[str], world: int) -> dict
     fault, seen = None, {}
     try:
         seen = train(config)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        fault = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    except Exception as error:  # whatever it is, the rows after it can still be had
+        fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     let_go_of_all()
     of_ranks = gather((fault, seen))
     if faults := [each for each, _ in of_ranks if each]:

@@ -11,8 +11,8 @@ offload   tokens/s with and without train.checkpoint_offload from 32,768 tokens 
 Every attempt is training by train.py's engine on random tokens, blocks as written (train.compile: false), RoPE, full checkpointing. The
 limits are searched in steps of 5% from where the prediction (training/memory.py) puts them, which stands beside them. A step that would take
 longer than --longest by the model's FLOPs is not tried: then what is found is what fits into that time, and is called so. All parts, the
-default, take some 15 minutes of an H200, each of them less than 6. The JSON is written after every row; the second form tells and draws that
-of several parts.
+default, take some 15 minutes of an H200, each of them less than 6. The JSON is written after every row; the same command again keeps what it
+has, and goes on behind it: remove the file to begin anew. The second form tells and draws that of several parts.
 """
 
 import argparse
@@ -20,6 +20,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 
@@ -29,11 +31,11 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402
 
-from scripts.estimate_memory import let_go_of_all, train  # noqa: E402
-from training.config import Config, load_config  # noqa: E402
-from training.distributed import join_process_group  # noqa: E402
+from scripts.estimate_memory import let_go_of_all, measured_before, train  # noqa: E402
+from training.config import Config, ConfigError, load_config  # noqa: E402
+from training.distributed import UserFault, join_process_group  # noqa: E402
 from training.files import write_atomically  # noqa: E402
-from training.memory import capacity, estimate, largest_micro_batch, largest_sequence  # noqa: E402
+from training.memory import capacity, estimate, is_out_of_memory, largest_micro_batch, largest_sequence  # noqa: E402
 
 PARTS = ("speed", "batch", "sequence", "offload")
 BACKENDS = ("eager", "auto")
@@ -43,22 +45,41 @@ EQUAL = (
 )  # fmt: skip
 STRIDE = 1.05  # from one attempt at a limit to the next
 MFU = 0.5  # what --longest assumes of long sequences: causality is not discounted, and half of that is not computed
-EXHAUSTED = ("out of memory", "ALLOC_FAILED")  # PyTorch's allocator; a kernel that has yet to be loaded; cuBLAS
 GIB = 2**30
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    if options.plot:
+    try:
+        return plot(options) if options.plot else measure(options)
+    except (ConfigError, UserFault) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def plot(options: argparse.Namespace) -> int:
+    try:
         result = {part: rows for file in options.plot for part, rows in json.loads(file.read_text()).items()}
-        print(report(result))
-        draw(result).savefig(options.out, dpi=150)
-        return 0
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserFault(f"--plot: not what this program writes: {error}") from None
+    print(report(result))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    draw(result).savefig(options.out, dpi=150)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> int:
     from training.tracking import collect_environment, to_json
 
     join_process_group()
     torch._dynamo.config.recompile_limit = 64  # the loss is compiled for each size; past the limit it would be eager
-    result = {"environment": collect_environment(), "command": " ".join(sys.argv), **{part: [] for part in options.parts}}
+    before = measured_before(options.out, override=options.override) or {}
+    result = {"environment": collect_environment(), "command": " ".join(sys.argv), "override": options.override}
+    # A part that is not asked for now stays as it is.
+    result |= {part: [row for row in before.get(part, []) if "fault" not in row] for part in PARTS if part in (*options.parts, *before)}
+
+    def known(part: str, **facts: object) -> bool:
+        return any(facts.items() <= {key: row.get(key) for key in facts}.items() for row in result[part])
 
     def note(part: str, row: dict) -> None:
         result[part].append(row)
@@ -67,7 +88,8 @@ def main(arguments: list[str] | None = None) -> int:
         write_atomically(options.out, to_json(result))
 
     for part in options.parts:
-        {"speed": speed, "batch": batch, "sequence": sequence, "offload": offload}[part](options, lambda row, part=part: note(part, row))
+        of_part = {"speed": speed, "batch": batch, "sequence": sequence, "offload": offload}[part]
+        of_part(options, lambda row, part=part: note(part, row), partial(known, part))
     print(f"\n{report(result)}\nwritten to {options.out}")
     return 0
 
@@ -83,39 +105,50 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4, help="of speed and offload; the first is not counted")
     parser.add_argument("--longest", type=float, default=240, help="seconds of a step beyond which no longer sequence is tried")
     parser.add_argument("--override", nargs="*", default=[], metavar="section.key=value", help="of every attempt, for smaller ones")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.plot and options.out.suffix == ".json":
+        parser.error(f"--out {options.out}: with --plot a picture, such as limits.png")
+    if min(*options.lengths, *options.offload_lengths, options.tokens) < 1 or options.steps < 2:
+        parser.error("--lengths, --offload-lengths and --tokens are at least 1, --steps at least 2, since the first is not counted")
+    return options
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def speed(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+def speed(options: argparse.Namespace, note: Callable[[dict], None], known: Callable[..., bool]) -> None:
     for length in options.lengths:
         for backend in BACKENDS:
             micro = max(1, options.tokens // length)
             config = configure("gpt2-124m", length, micro, f"attention.backend={backend}", *options.override)
-            note(timed(config, options.steps))
+            if not known(backend=config.attention.backend, sequence_length=length, micro_batch=micro):
+                note(timed(config, options.steps))
 
 
-def offload(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+def offload(options: argparse.Namespace, note: Callable[[dict], None], known: Callable[..., bool]) -> None:
     for length in options.offload_lengths:
         for moved in ("false", "true"):
             config = configure("gpt-1.3b", length, 1, f"train.checkpoint_offload={moved}", *options.override)
-            note({"offload": moved == "true", **timed(config, options.steps)})
+            if not known(offload=moved == "true", sequence_length=length):
+                note({"offload": moved == "true", **timed(config, options.steps)})
 
 
-def batch(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+def batch(options: argparse.Namespace, note: Callable[[dict], None], known: Callable[..., bool]) -> None:
     for backend in BACKENDS:
         settings = (f"attention.backend={backend}", *options.override)
         config = configure("gpt2-124m", 2048, 1, *settings)
+        if known(backend=config.attention.backend):
+            continue
         predicted = largest_micro_batch(config, 1, total_memory(config))
         note(limit(lambda n, s=settings: configure("gpt2-124m", 2048, n, *s), predicted, 1, None, options))
 
 
-def sequence(options: argparse.Namespace, note: Callable[[dict], None]) -> None:
+def sequence(options: argparse.Namespace, note: Callable[[dict], None], known: Callable[..., bool]) -> None:
     for backend in BACKENDS:
         settings = (f"attention.backend={backend}", *options.override)
         config = configure("gpt2-124m", 2048, 1, *settings)
+        if known(backend=config.attention.backend):
+            continue
         predicted = largest_sequence(config, 1, total_memory(config))
         note(limit(lambda n, s=settings: configure("gpt2-124m", n, 1, *s), predicted, 1024, 2048, options))
 
@@ -150,10 +183,9 @@ def attempt(config: Config, **options: int | None) -> dict:
     began = time.perf_counter()
     try:
         found = {"fits": True, **train(config, **options)}
-    except RuntimeError as error:
-        if not any(words in str(error) for words in EXHAUSTED):
-            raise
-        found = {"fits": False}
+    except Exception as error:  # whatever it is, the rows after it can still be had
+        ran_out = isinstance(error, RuntimeError) and is_out_of_memory(error)
+        found = {"fits": False} | ({} if ran_out else {"fault": f"{type(error).__name__}: {error}"[:300]})
     let_go_of_all()
     return described(config) | found | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -168,6 +200,10 @@ def timed(config: Config, steps: int) -> dict:
     return row
 
 
+class _Broken(Exception):
+    """An attempt failed, and not for want of memory."""
+
+
 def limit(of: Callable[[int], Config], predicted: int, unit: int, first: int | None, options: argparse.Namespace) -> dict:
     """The largest multiple of ``unit`` that trains two steps, the first of them of ``first`` tokens a sequence."""
     tries: list[dict] = []
@@ -175,9 +211,15 @@ def limit(of: Callable[[int], Config], predicted: int, unit: int, first: int | N
 
     def fits(n: int) -> bool:
         tries.append(attempt(of(n), steps=2, first=first))
+        print(f"  {tries[-1]['backend']}, {n:,}: {'trains' if tries[-1]['fits'] else tries[-1].get('fault', 'out of memory')}", flush=True)
+        if "fault" in tries[-1]:
+            raise _Broken
         return tries[-1]["fits"]
 
-    found, by_time = search(fits, min(predicted, in_time), unit, in_time)
+    try:
+        found, by_time = search(fits, min(predicted, in_time), unit, in_time)
+    except _Broken:  # which says nothing about memory
+        return {"backend": of(unit).attention.backend, "predicted": predicted, "fault": tries[-1]["fault"], "tries": tries}
     largest = next((row for row in reversed(tries) if row["fits"]), {})
     row = {"backend": of(unit).attention.backend, "predicted": predicted, "largest": found, "bounded_by_time": by_time}
     return row | {"at_largest": largest, "tries": tries}
@@ -212,6 +254,8 @@ def largest_in_time(of: Callable[[int], Config], predicted: int, unit: int, seco
 
     def expected(n: int) -> float:
         meter = Meter(of(n), 1, device_name=torch.cuda.get_device_name() if torch.cuda.is_available() else "H200")
+        if meter.peak_flops is None:
+            raise UserFault(f"--longest: the peak FLOP/s of {meter.device_name} are not known; add it to training/flops.py, or use --parts speed offload")
         return meter.flops_per_token * meter.tokens_per_step / (MFU * meter.peak_flops)
 
     while most > unit and expected(most) > seconds:
@@ -225,7 +269,8 @@ def largest_in_time(of: Callable[[int], Config], predicted: int, unit: int, seco
 def report(result: dict) -> str:
     lines = []
     for part in ("sequence", "batch"):
-        found = {row["backend"]: row for row in result.get(part, [])}
+        found = {row["backend"]: row for row in result.get(part, []) if "fault" not in row}
+        lines += [f"{part}: {row['backend']} failed: {row['fault']}" for row in result.get(part, []) if "fault" in row]
         for backend, row in found.items():
             peak = row["at_largest"].get("measured_bytes")
             lines.append(
@@ -248,6 +293,8 @@ def report(result: dict) -> str:
 
 
 def told(row: dict) -> str:
+    if "fault" in row:
+        return f"failed: {row['fault']}"
     if "tokens_per_second" not in row:
         return f"does not fit ({row['predicted_bytes'] / GIB:.0f} GiB predicted)"
     peak = f", {row['measured_bytes'] / GIB:.1f} GiB" if "measured_bytes" in row else ""
@@ -255,8 +302,9 @@ def told(row: dict) -> str:
 
 
 def by_length(rows: list[dict]) -> dict[int, list[dict]]:
-    lengths = dict.fromkeys(row["sequence_length"] for row in rows)
-    return {length: [row for row in rows if row["sequence_length"] == length] for length in lengths}
+    """What the others are compared with first: a start that goes on writes rows in another order."""
+    rows = sorted(rows, key=lambda row: (row["sequence_length"], row["backend"] != "eager", row.get("offload", False)))
+    return {length: list(group) for length, group in groupby(rows, key=lambda row: row["sequence_length"])}
 
 
 def draw(result: dict):
@@ -266,7 +314,8 @@ def draw(result: dict):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    parts = [part for part in ("speed", "batch", "sequence") if result.get(part)]
+    result = {part: [row for row in result.get(part, []) if "fault" not in row] for part in ("speed", "batch", "sequence")}
+    parts = [part for part, rows in result.items() if rows]
     figure, axes = pyplot.subplots(1, max(1, len(parts)), figsize=(5 * max(1, len(parts)), 4.5), layout="constrained", squeeze=False)
     for axis, part in zip(axes[0], parts, strict=False):
         (draw_speed if part == "speed" else draw_limit)(axis, part, result[part])

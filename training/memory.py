@@ -20,6 +20,7 @@ import torch
 from model.checkpointing import Checkpointing
 from model.config import GPTConfig
 from model.gpt import GPT, hidden_layers
+from model.offload import HostMemoryError
 from training.activations import (
     FP32,
     Shape,
@@ -75,20 +76,33 @@ def host_capacity() -> int:
 
 
 def check_host(config: Config, processes: int, here: int, available: int) -> None:
-    """Refuse block inputs that the ``here`` of the processes on one host have no room for: the kernel would end one without a word.
+    """Refuse what the ``here`` of the processes on one host have no room for: the kernel would end one without a word.
 
     Raises:
-        UserFault: what is predicted of them all is more than ``available`` bytes.
+        UserFault: what is predicted of them all is more than ``available`` bytes. Of ``model.huggingface`` nothing is.
     """
-    if not config.train.checkpoint_offload:
+    if config.model.huggingface is not None:
         return
-    needed = here * sum(estimate(config, processes).host.values())
-    if needed > available:
-        raise UserFault(
-            f"train.checkpoint_offload: {here} process{'es' * (here > 1)} of this host would keep {gib(needed)} in its memory, "
-            f"and it has {gib(available)}; shorten model.sequence_length, lower train.micro_batch_size, share sequences by more GPUs (parallel.sequence), "
+    host = estimate(config, processes).host
+    needed = here * sum(host.values())
+    if needed <= available:
+        return
+    asked = {
+        "train.checkpoint_offload": config.train.checkpoint_offload,
+        "train.cpu_checkpointing": _moves_inputs(config) and not config.train.checkpoint_offload,
+        "zero.offload_optimizer": config.zero.offload_optimizer == "cpu",
+        "zero.offload_parameters": config.zero.offload_parameters == "cpu",
+    }
+    remedy = "spread the run over more hosts, or leave these states on the GPU (zero.offload_optimizer=none zero.offload_parameters=none)"
+    if max(host, key=host.__getitem__) == "block inputs":
+        remedy = (
+            "shorten model.sequence_length, lower train.micro_batch_size, share sequences by more GPUs (parallel.sequence), "
             "or let fewer blocks wait there (train.activation_checkpointing=every_n)"
         )
+    raise UserFault(
+        f"{', '.join(key for key, on in asked.items() if on)}: {here} process{'es' * (here > 1)} of this host would keep {gib(needed)} in its memory, "
+        f"and it has {gib(available)}; {remedy}"
+    )
 
 
 @dataclass(frozen=True)
@@ -441,7 +455,8 @@ def _stage_0(config: Config, parameters: Parameters, processes: int) -> _States:
         always,
         e * sum(parameters.block),
         at_once * (e + cast),
-        {"gradients": e * p + master, "workspace": _muon_step(config, parameters, p)},
+        # Muon takes whole matrices one by one: direction, and while it is orthogonalised as much again.
+        {"gradients": e * p + master, "workspace": 2 * (FP32 + e) * max(parameters.block) if config.optimizer.name == "muon" else 0},
         whole_gradients=True,
         between={"gradients": e * p},
     )
@@ -560,9 +575,17 @@ def changed(config: Config, settings: dict[str, object]) -> Config:
 def _changes(config: Config, processes: int) -> list[dict[str, object]]:
     """Settings that can lower the peak and leave the loss as it is, but for the last, which costs some (docs/modes.md)."""
     micro, accumulation = config.train.micro_batch_size, config.train.gradient_accumulation_steps
-    found: list[dict[str, object]] = [{"train.activation_checkpointing": mode} for mode in ("selective", "full", "deepspeed")]
-    full = {} if config.train.activation_checkpointing in ("full", "every_n") else {"train.activation_checkpointing": "full"}
-    found.append(full | {"train.checkpoint_offload": True})
+    # What only the present mode reads goes with it.
+    now, bound = config.train.activation_checkpointing, {"every_n": ("train.checkpoint_every", None), "selective": ("train.keep_matmuls", False)}
+    dropped = dict([bound[now]]) if now in bound and getattr(config.train, bound[now][0].split(".")[1]) else {}
+    modes = {mode: {"train.activation_checkpointing": mode} | (dropped if mode != now else {}) for mode in ("selective", "full")}
+    offloaded = {} if now in ("full", "every_n") else modes["full"]
+    # DeepSpeed's, whose copies computation waits for, is not proposed beside ours.
+    found: list[dict[str, object]] = [*modes.values(), offloaded | {"train.checkpoint_offload": True}]
+    if now == "every_n":
+        found.append(modes["full"] | {"train.checkpoint_offload": True})
+    if dropped and now == "selective":
+        found.append(dropped)
     as_written = {"train.compile": False} if config.train.compile else {}  # which auto comes to with these two
     found.append({"train.mlp_tile": MLP_TILE} | as_written)
     if micro == 1:
@@ -626,7 +649,7 @@ def gib(size: int) -> str:
 
 def told(settings: dict[str, object]) -> str:
     """Settings as the command line takes them."""
-    return " ".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items())
+    return " ".join(f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}" for key, value in settings.items())
 
 
 def parts_of(parts: dict[str, int]) -> str:
@@ -636,6 +659,16 @@ def parts_of(parts: dict[str, int]) -> str:
 def of_host(config: Config, processes: int) -> str:
     size = sum(estimate(config, processes).host.values())
     return f" ({gib(size)} of the host for each process)" if size else ""
+
+
+def helpful(config: Config, processes: int) -> list[str]:
+    """The three settings that help most, each with what it saves, and what it takes of the host or of the loss."""
+    lines = []
+    for settings, saved in savings(config, processes)[:3]:
+        other = changed(config, settings)
+        on_host = of_host(other, processes) if estimate(other, processes).host != estimate(config, processes).host else ""
+        lines.append(f"{told(settings)}: {gib(saved)} less{on_host}{' (it costs some loss: docs/modes.md)' * ('train.bf16_states' in settings)}")
+    return lines
 
 
 def summary(config: Config, processes: int, device_name: str) -> list[str]:
@@ -659,8 +692,8 @@ def summary(config: Config, processes: int, device_name: str) -> list[str]:
                 f"sequences up to {sequence:,} in micro batches of 1{in_sequence}"
             )
         lines.append(f"fits   {gib(available)} of an {device_name.strip()} are to be had: {fits}")
-    helpful = [f"{told(settings)}: {gib(saved)} less" for settings, saved in savings(config, processes)[:3]]
-    return lines + ([f"less   {'; '.join(helpful)}"] if helpful else [])
+    less = "; ".join(helpful(config, processes))
+    return lines + ([f"less   {less}"] if less else [])
 
 
 def explanation(config: Config, processes: int, failure: str, allocated: int) -> str:
@@ -677,20 +710,28 @@ def explanation(config: Config, processes: int, failure: str, allocated: int) ->
     # States are there from the first step's end on: with less in use than they need, they did not fit themselves.
     candidates = grown if grown and allocated >= sum(fixed.values()) else fixed
     part = max(candidates, key=candidates.__getitem__)
-    helpful = savings(config, processes)[:3]
-    remedy = "".join(f"\n  {told(settings)}: {gib(saved)} less" for settings, saved in helpful)
+    remedy = "".join(f"\n  {line}" for line in helpful(config, processes))
     return (
         f"{met}The part that grew: {part}, {gib(candidates[part])} of "
         f"{gib(peak.bytes)} that a step needs (predicted, at its peak, the {peak.name}: {parts_of(peak.parts)})."
-        + (f" What helps most, predicted:{remedy}" if helpful else " No setting of memory is left: use more GPUs, or a smaller model")
+        + (f" What helps most, predicted:{remedy}" if remedy else " No setting of memory is left: use more GPUs, or a smaller model")
     )
 
 
 @contextlib.contextmanager
 def out_of_memory_explained(config: Config, processes: int) -> Iterator[None]:
-    """Turn a GPU's running out of memory into a fault that says which part grew and what helps."""
+    """Turn a GPU's running out of memory into a fault that says which part grew and what helps; the host's into its own message."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except HostMemoryError as error:
+        raise LoneFault(str(error)) from error
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         allocated = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-        raise LoneFault(explanation(config, processes, str(error), allocated)) from error
+        raise LoneFault(explanation(config, processes, str(error).splitlines()[0], allocated)) from error
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a GPU's memory ran out: of PyTorch's allocator, or of a library beside it, such as cuBLAS, or of a kernel that has yet to be loaded."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))

@@ -1,6 +1,7 @@
 """Attention's memory and traffic: formulas against allocations followed, an H200's peaks and the masks themselves; and the page of them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from scripts.analyze_attention import (
     ROOT,
     Case,
     fit,
+    gpu_here,
     flash_memory,
     flash_traffic,
     filled,
     forward_tiles,
     keys_read,
     longest,
+    measure,
     standard_memory,
     tables,
 )
@@ -98,6 +101,20 @@ def test_every_gpu_has_a_peak_and_levels_that_grow():
         assert len(latencies) >= 3 and latencies == sorted(latencies)
 
 
+def test_the_gpu_at_hand_is_asked_in_the_units_of_the_table(monkeypatch):
+    h100 = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", multi_processor_count=132, regs_per_multiprocessor=65536, shared_memory_per_multiprocessor=228 * 1024,
+        L2_cache_size=50 * 2**20, total_memory=79 * 2**30, clock_rate=1_755_000, memory_clock_rate=2_619_000, memory_bus_width=5120,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h100)
+    levels, here = next(gpu for gpu in GPUS if gpu.name == "H100 80GB HBM3").levels, gpu_here()
+    for key, level in (("registers", "registers"), ("shared_memory", "shared memory"), ("l2", "L2")):
+        assert here[key] == levels[level].capacity
+    assert here["shared_memory_bandwidth"] == levels["shared memory"].bandwidth
+    assert here["dram_bandwidth"] == pytest.approx(levels["DRAM"].bandwidth, rel=0.01)
+
+
 def test_the_page_shows_what_the_program_says():
     page = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
     assert filled(page, tables(128)) == page, "python scripts/analyze_attention.py --docs docs/memory.md"
@@ -106,3 +123,32 @@ def test_the_page_shows_what_the_program_says():
 def test_a_page_without_a_place_for_a_table_is_refused():
     with pytest.raises(ValueError, match="table: memory"):
         filled("nothing here", {"memory": "| x |"})
+
+
+def test_peaks_are_written_before_a_profiler_may_hang_and_what_failed_is_said(monkeypatch, tmp_path, capsys):
+    """On a stand-in for a GPU of 80 GiB, whose allocator keeps what a row needed until it is told otherwise."""
+    out, kept = tmp_path / "measured.json", [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30 - kept[0], 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.__setitem__(0, 0))
+
+    def peaks(case, backend):
+        if backend == "triton":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nMore of it")
+        formula = standard_memory(case) if backend == "eager" else flash_memory(case, backend)
+        kept[0] = sum(formula["forward"].values())
+        return {which: sum(formula[which].values()) for which in ("forward", "backward")}
+
+    def counters(head_dim):
+        assert len(json.loads(out.read_text())["rows"]) == 3 * len(LENGTHS)
+        return "not available: for this test"
+
+    monkeypatch.setattr("scripts.analyze_attention.peaks", peaks)
+    monkeypatch.setattr("scripts.analyze_attention.counters", counters)
+    measure(128, out)
+    result, told = json.loads(out.read_text()), capsys.readouterr().out
+    assert result["counters"] == "not available: for this test"
+    assert [row["seq"] for row in result["rows"] if row["backend"] == "eager" and "measured" in row] == LENGTHS[:6]
+    assert "| eager | forward | 16,384 | 60.8 GB | 60.8 GB | +0.00% |" in told
+    assert "| triton | backward | 512 | 16.9 MB | OutOfMemoryError: CUDA out of memory. | - |" in told

@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 
 import pytest
+import torch
 
 from scripts import estimate_memory
 from training.config import load_config
@@ -41,6 +43,16 @@ def test_a_faulty_configuration_and_an_unknown_gpu_are_told(capsys):
     with pytest.raises(SystemExit):
         estimate_memory.main(["--config", "configs/gpt-1.3b.yaml", "--gpu-name", "H900"])
     assert "its peak is not known" in capsys.readouterr().err
+    for wrong, told in (
+        (["--measure"], "--measure needs a GPU"),
+        (["--table", "x", "--part", "3/2"], "--part 3/2: not the Kth of every N rows"),
+        (["--config", "configs/gpt-1.3b.yaml", "--tokens", "nan"], "--tokens above 0"),
+    ):
+        with pytest.raises(SystemExit):
+            estimate_memory.main(wrong)
+        assert told in capsys.readouterr().err
+    assert estimate_memory.main(["--table", "docs/memory.md"]) == 2
+    assert "--table: not what --measure writes: " in capsys.readouterr().err
 
 
 def test_the_rows_to_measure_cover_what_the_prediction_depends_on_and_fit():
@@ -76,3 +88,34 @@ def test_the_table_has_prediction_measurement_and_what_was_left_out(tmp_path, ca
     measured, left_out = capsys.readouterr().out.splitlines()[2:]
     assert re.sub(r" +", " ", measured) == "| `gpt2-124m` 16, `zero.stage=2` | 2 | 5.00 | loss | 4.00 | +25.0% |"
     assert "left out: it failed" in left_out
+
+
+def test_a_start_that_goes_on_measures_what_is_missing(monkeypatch, tmp_path, capsys):
+    """Of two processes, on a stand-in for a GPU; one row fails at first."""
+    out, tried, fails = tmp_path / "rows.json", [], [True]
+    rows = (("gpt2-124m", 1), ("gpt2-124m", 2, "zero.stage=2"), ("gpt2-124m", 4))
+
+    def measured_row(name, micro, settings, world):
+        tried.append(micro)
+        row = {"config": name, "micro_batch": micro, "settings": settings, "gpus": world, "seconds": 1.0, "predicted_bytes": GIB, "moment": "loss"}
+        return row | ({"left_out": "it failed"} if micro == 2 and fails[0] else {"measured_bytes": GIB})
+
+    monkeypatch.setattr(estimate_memory, "ROWS", {2: rows})
+    monkeypatch.setattr(estimate_memory, "measured_row", measured_row)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
+    for name, stand_in in (("join_process_group", lambda: None), ("gather", lambda x: [x, x]), ("from_first_rank", lambda work: work()), ("end_process", lambda: None)):
+        monkeypatch.setattr(f"training.distributed.{name}", stand_in)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("training.tracking.collect_environment", lambda: {"git_sha": "a", "gpu_name": "A GPU"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    command = ["--measure", "--out", str(out)]
+    assert estimate_memory.main(command) == 0 and tried == [1, 2, 4]
+    fails[0] = False
+    assert estimate_memory.main(command) == 0 and tried == [1, 2, 4, 2]
+    assert [row["micro_batch"] for row in json.loads(out.read_text())["rows"]] == [1, 4, 2]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another")
+    monkeypatch.setattr("training.distributed._exit_at_once", sys.exit)
+    with pytest.raises(SystemExit, match="2"):
+        estimate_memory.main(command)
+    assert "was measured with gpu_name A GPU, and this is Another; remove it" in capsys.readouterr().err

@@ -76,3 +76,46 @@ def test_no_step_is_tried_that_takes_too_long(trained, tmp_path):
     assert measure_limits.main(["--out", str(out), "--parts", "sequence", "--longest", "1e-4", "--override", *TINY]) == 0
     eager, ours = json.loads(out.read_text())["sequence"]
     assert ours["bounded_by_time"] and ours["largest"] < ours["predicted"] / 2 and len(ours["tries"]) == 1 and not eager["bounded_by_time"]
+
+
+def test_what_failed_is_noted_and_tried_again_by_a_start_that_goes_on_behind_the_rest(trained, monkeypatch, tmp_path, capsys):
+    out, asked = tmp_path / "limits.json", ["--parts", "speed", "batch", "--lengths", "512", "1024", "--override", *TINY]
+    train = measure_limits.train
+
+    def broken(config, **options):
+        if config.attention.backend == "eager" and config.model.sequence_length in (512, 2048):
+            raise TypeError("of this kernel")
+        return train(config, **options)
+
+    monkeypatch.setattr(measure_limits, "train", broken)
+    assert measure_limits.main(["--out", str(out), *asked]) == 0
+    told = capsys.readouterr().out
+    assert "speed at 512: eager failed: TypeError: of this kernel, sdpa " in told and "batch: eager failed: TypeError: of this kernel" in told
+    first = json.loads(out.read_text())
+    assert ["fault" in row for row in first["speed"]] == [True, False, False, False] and ["fault" in row for row in first["batch"]] == [True, False]
+    monkeypatch.setattr(measure_limits, "train", train)
+    trained.clear()
+    assert measure_limits.main(["--out", str(out), *asked]) == 0
+    assert {(config.attention.backend, config.model.sequence_length) for config, *_ in trained} == {("eager", 512), ("eager", 2048)}
+    second = json.loads(out.read_text())
+    assert second["speed"][:3] == first["speed"][1:] and second["batch"][0] == first["batch"][1]
+    assert "speed at 512: eager 32,768 tokens/s" in capsys.readouterr().out
+    trained.clear()
+    assert measure_limits.main(["--out", str(out), "--parts", "batch", "--override", *TINY]) == 0
+    assert not trained and json.loads(out.read_text())["speed"] == second["speed"], "a part that is not asked for stays"
+
+
+def test_mistakes_are_told(trained, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "limits.json"
+    assert measure_limits.main(["--out", str(out), "--parts", "speed", "--override", "model.layer=1"]) == 2
+    assert "nearest valid one is model.layers" in capsys.readouterr().err
+    assert measure_limits.main(["--out", str(out), "--parts", "speed", "--lengths", "512", "--override", *TINY]) == 0
+    assert measure_limits.main(["--out", str(out), "--parts", "speed", "--lengths", "512"]) == 2
+    assert "was measured with override ['model.layers=1'" in capsys.readouterr().err
+    assert measure_limits.main(["--plot", str(tmp_path / "none.json"), "--out", str(tmp_path / "limits.png")]) == 2
+    monkeypatch.setattr("training.metering.peak_flops", lambda device, precision: None)
+    assert measure_limits.main(["--out", str(tmp_path / "batch.json"), "--parts", "batch", "--override", *TINY]) == 2
+    assert "--longest: the peak FLOP/s of H200 are not known; add it" in capsys.readouterr().err
+    for wrong in (["--plot", str(out)], ["--steps", "1"], ["--lengths", "0"]):
+        with pytest.raises(SystemExit):
+            measure_limits.main(wrong)

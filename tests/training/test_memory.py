@@ -1,7 +1,6 @@
 """Predicted memory: beside every allocation of real training steps on two processes, and beside the tensors that the real model saves."""
 
 import json
-import math
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from model import loss
 from model.checkpointing import Checkpointing
 from model.gpt import GPT
+from model.offload import HostMemoryError
 from tests.allocations import as_on_a_gpu
 from tests.launching import deepspeed_run
 from training import memory
@@ -45,6 +45,7 @@ CASES = [
     ["zero.stage=0", "train.precision=fp32", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.gradient_accumulation_steps=2"],
     ["zero.stage=1", "train.precision=fp16"],
+    ["zero.stage=0", "optimizer.name=muon"],
     [*LONG, *OFFLOADED, *TILES, "model.positions=rope", "parallel.sequence=2"],
     ["train.global_batch_size=2", *LONG[1:], *OFFLOADED, *TILES, *LLAMA],
 ]
@@ -203,6 +204,18 @@ def test_the_page_says_what_each_stage_holds(processes):
             )
 
 
+def test_the_page_says_what_long_contexts_take():
+    none = ["train.checkpoint_offload=false", "train.mlp_tile=null", "train.compile=false", "train.activation_checkpointing=none"]
+    steps = [(1, none), (1, none[:3]), (1, none[1:3]), (1, []), (4, ["parallel.sequence=4", "model.sequence_length=4000000"])]
+    for (processes, settings), (_, peak, _, longest) in zip(steps, rows_after("## Long contexts"), strict=True):
+        config = load_config("configs/gpt-1.3b-long.yaml", settings, world_size=processes, assumed_gpu=(9, 0))[0]
+        found = memory.largest_sequence(config, processes, memory.capacity("H200"))
+        on_host = sum(memory.estimate(memory.changed(config, {"model.sequence_length": found}), processes).host.values())
+        assert float(re.match(r"[\d,]+", peak)[0].replace(",", "")) == round(memory.estimate(config, processes).peak.bytes / memory.GIB)
+        assert longest.startswith(f"{found:,}") and ("(" in longest) == (on_host > 0)
+        assert not on_host or f"({on_host / memory.GIB:.0f} GiB o" in longest
+
+
 # --- what fits, what helps ------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +259,24 @@ def test_savings_are_those_of_the_changed_configuration_and_compose():
     assert {"attention.backend": "auto"} in [settings for settings, _ in found]
 
 
+@pytest.mark.parametrize(
+    "now", [["train.activation_checkpointing=every_n", "train.checkpoint_every=2"], ["train.activation_checkpointing=selective", "train.keep_matmuls=true"]]
+)
+def test_what_only_the_present_checkpointing_reads_is_let_go_of_with_it(now):
+    less = next(settings for settings, _ in memory.savings(gpt(*now), 2) if "train.activation_checkpointing" in settings)
+    again = gpt(*now, *memory.told(less).split())
+    assert again.train.activation_checkpointing == "full" and again.train.checkpoint_offload and memory.changed(gpt(*now), less).train == again.train
+
+
+def test_what_a_setting_costs_elsewhere_stands_beside_what_it_saves():
+    config = gpt("train.micro_batch_size=1", "train.activation_checkpointing=none", "train.bf16_states=false")
+    lines = dict(line.split(": ", 1) for line in memory.helpful(config, 2))
+    assert lines.pop("train.bf16_states=true").endswith(" less (it costs some loss: docs/modes.md)")
+    for settings, said in lines.items():
+        host = sum(memory.estimate(gpt("train.micro_batch_size=1", *settings.split()), 2).host.values())
+        assert host > 0 and said.endswith(f"less ({memory.gib(host)} of the host for each process)")
+
+
 def test_what_long_contexts_take_is_proposed_where_it_helps():
     long = ["model.positions=rope", "model.sequence_length=131072", "train.micro_batch_size=1", "train.global_batch_size=4", "zero.reuse_distance=0"]
     found = dict((next(iter(settings)), settings) for settings, _ in memory.savings(gpt(*long), 2))
@@ -262,6 +293,9 @@ def test_a_host_without_room_for_what_waits_there_is_told_before_it_runs_out():
     with pytest.raises(UserFault, match="train.checkpoint_offload: 2 processes of this host would keep 3.00 GiB in its memory, and it has 3.00 GiB; shorten"):
         memory.check_host(config, 4, 2, 2 * inputs - 1)
     memory.check_host(gpt(), 4, 2, 0)
+    memory.check_host(memory.changed(config, {"model.huggingface": "a/b"}), 4, 2, 0)  # of which nothing is predicted
+    with pytest.raises(UserFault, match="^zero.offload_optimizer, zero.offload_parameters: 2 .* and it has 1.00 GiB; spread the run over more hosts"):
+        memory.check_host(gpt("zero.offload_optimizer=cpu", "zero.offload_parameters=cpu"), 2, 2, 2**30)
     assert 2**28 < memory.host_capacity() < 2**50
 
 
@@ -311,13 +345,18 @@ def test_running_out_of_memory_names_the_part_that_grew_and_what_helps(settings,
         gpt(*settings), 2, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 B", allocated
     )
     assert f"The part that grew: {part}, " in told and "Tried to allocate 2.00 GiB, with" in told and "GPU 0" not in told
-    assert len(re.findall(r"^  \w+\.\w+=.*: [\d.]+ GiB less$", told, re.M)) == 3
+    assert len(re.findall(r"^  \w+\.\w+=.*: [\d.]+ GiB less(?: \(.*\))?$", told, re.M)) == 3
 
 
 def test_an_out_of_memory_error_becomes_one_message_on_the_rank_that_met_it():
-    with pytest.raises(LoneFault, match="out of GPU memory: .*What helps most, predicted:"):
+    of_cublas = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), of_cublas):
+        with pytest.raises(LoneFault, match="out of GPU memory: .*What helps most, predicted:"):
+            with memory.out_of_memory_explained(gpt(), 2):
+                raise error
+    with pytest.raises(LoneFault, match="^could not be pinned$"):
         with memory.out_of_memory_explained(gpt(), 2):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-    with pytest.raises(ZeroDivisionError):
+            raise HostMemoryError("could not be pinned")
+    with pytest.raises(RuntimeError, match="^another$"):
         with memory.out_of_memory_explained(gpt(), 2):
-            math.floor(1 / 0)
+            raise RuntimeError("another")
