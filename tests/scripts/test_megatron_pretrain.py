@@ -106,6 +106,15 @@ def test_the_processes_are_shared_out_or_refused():
         load("megatron.tensor_parallel=4", world_size=6)
 
 
+def test_ranks_may_share_key_heads_where_they_share_them_evenly():
+    load("model.heads=8", "model.kv_heads=2", "megatron.tensor_parallel=4", world_size=4)
+    unequal = ["model.heads=12", "model.kv_heads=4", "megatron.tensor_parallel=6"]
+    cut_up = ["model.heads=4", "model.kv_heads=1", "megatron.tensor_parallel=4", "model.head_dim=65"]  # 6 heads of 65 are 390 rows
+    for settings in (unequal, cut_up):
+        with pytest.raises(ConfigError, match="ranks do not divide heads"):
+            load(*settings, "model.ffn_size=2304", "model.vocab_size=50400", world_size=12)
+
+
 def test_an_unknown_key_is_told_with_its_nearest():
     with pytest.raises(ConfigError, match="megatron.tensor_paralel: unknown key; the nearest valid one is megatron.tensor_parallel"):
         load("megatron.tensor_paralel=2")
