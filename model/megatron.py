@@ -86,17 +86,18 @@ class FlashAttention(DotProductAttention):
         self._choose_backend()
 
     def _choose_backend(self) -> None:
-        on_gpu = torch.cuda.is_available()
+        config, on_gpu = self.config, torch.cuda.is_available()
         asked = {
             "device_type": "cuda" if on_gpu else "cpu",
-            "dtype": self.config.params_dtype,
-            "head_dim": self.config.kv_channels,
+            # Float16Module, around the finished model, goes by the flags.
+            "dtype": torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype,
+            "head_dim": config.kv_channels,
             "compute_capability": compute_capability(torch.device("cuda", torch.cuda.current_device())) if on_gpu else None,
             "grouped": self.num_attention_heads_per_partition != self.num_query_groups_per_partition,
             "window": self.window not in (None, (None, 0)),
             "sinks": self.softmax_offset is not None,
             "dropout": self.dropout_p > 0,
-            "deterministic": self.config.deterministic_mode,
+            "deterministic": config.deterministic_mode,
         }
         if self.backend == "auto":
             chosen, why = choose(**asked)

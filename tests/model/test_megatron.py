@@ -179,6 +179,16 @@ def test_what_it_cannot_do_is_refused_when_the_model_is_built(keys, arguments, t
         ours(configuration(**keys), **arguments)
 
 
+def test_the_dtype_is_that_of_the_flags_which_the_finished_model_is_wrapped_by(monkeypatch):
+    mixed, full = configuration(bf16=True), configuration()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(model.megatron, "compute_capability", lambda device: (9, 0))
+    assert ours(mixed, backend="sdpa_flash").backend == "sdpa_flash"
+    with pytest.raises(ValueError, match="needs float16 or bfloat16, not float32"):
+        ours(full, backend="sdpa_flash")
+
+
 def test_masks_and_biases_are_refused():
     _, q, k, v = projected()
     core = ours(configuration())
