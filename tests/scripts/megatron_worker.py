@@ -63,6 +63,7 @@ def _fork(rank: int, processes: int, port: int, arguments: list[str], log: Path,
                       CUDA_DEVICE_MAX_CONNECTIONS="1")  # fmt: skip
     sys.argv = ["megatron_pretrain.py", *arguments]
     megatron_pretrain.own_device = lambda local_rank: torch.device("cpu")
+    warnings.resetwarnings()
     before(rank)
     try:
         with cuda_on_cpu():

@@ -61,6 +61,7 @@ def test_a_run_that_is_stopped_and_started_again_ends_as_one_that_was_not_bit_fo
     for name in ("loss", "grad_norm", "lr"):
         assert [row[name] for row in resumed["rows"]] == [row[name] for row in whole["rows"]]
     assert resumed["rows"][-1]["val_loss"] == whole["rows"][-1]["val_loss"] < whole["rows"][0]["loss"]
+    assert "Warning" not in whole["log"]
     assert "device 4 x CPU (peak unknown, so no MFU), Megatron: tensor 2 with sequence parallelism x pipeline 1, bf16" in whole["log"]
 
 
