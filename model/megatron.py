@@ -86,17 +86,18 @@ class FlashAttention(DotProductAttention):
         self._choose_backend()
 
     def _choose_backend(self) -> None:
-        on_gpu = torch.cuda.is_available()
+        config, on_gpu = self.config, torch.cuda.is_available()
         asked = {
             "device_type": "cuda" if on_gpu else "cpu",
-            "dtype": self.config.params_dtype,
-            "head_dim": self.config.kv_channels,
+            # Float16Module, around the finished model, goes by the flags.
+            "dtype": torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else config.params_dtype,
+            "head_dim": config.kv_channels,
             "compute_capability": compute_capability(torch.device("cuda", torch.cuda.current_device())) if on_gpu else None,
             "grouped": self.num_attention_heads_per_partition != self.num_query_groups_per_partition,
             "window": self.window not in (None, (None, 0)),
             "sinks": self.softmax_offset is not None,
             "dropout": self.dropout_p > 0,
-            "deterministic": self.config.deterministic_mode,
+            "deterministic": config.deterministic_mode,
         }
         if self.backend == "auto":
             chosen, why = choose(**asked)
@@ -130,7 +131,7 @@ class FlashAttention(DotProductAttention):
         mask_type = _known(attn_mask_type or self.attn_mask_type)
         if mask_type is AttnMaskType.causal and len(query) != len(key):
             raise ValueError(f"{len(query)} queries and {len(key)} keys: where the first query stands is not said; give attn_mask_type=causal_bottom_right")
-        packed = _cu_seqlens(packed_seq_params)
+        packed = _cu_seqlens(packed_seq_params, causal=mask_type in _CAUSAL)
         if packed is not None:
             query, key, value = (x.unsqueeze(1) if x.ndim == 3 else x for x in (query, key, value))
         dropout_p = self.dropout_p if self.training else 0.0
@@ -193,13 +194,15 @@ def _window(config: TransformerConfig, layer_number: int) -> tuple[int | None, i
     return left, right
 
 
-def _cu_seqlens(packed: PackedSeqParams | None) -> torch.Tensor | None:
-    """Where each packed sequence begins, int32 [sequences + 1]; None without packing. Padding behind a sequence counts as part of it: no token
-    sees it, and what it sees itself is not read."""
+def _cu_seqlens(packed: PackedSeqParams | None, *, causal: bool) -> torch.Tensor | None:
+    """Where each packed sequence begins, int32 [sequences + 1]; None without packing. Padding behind a sequence counts as part of it: under a
+    causal mask no token sees it, and what it sees itself is not read."""
     if packed is None:
         return None
     if packed.qkv_format != "thd":
         raise ValueError(f"packed_seq_params: qkv_format={packed.qkv_format} is not known; use thd")
+    if not causal and (packed.cu_seqlens_q_padded is not None or packed.cu_seqlens_kv_padded is not None):
+        raise ValueError("packed_seq_params: without a causal mask a sequence would see the padding behind it (cu_seqlens_q_padded); pack without padding")
     begins, keys = (each if padded is None else padded for each, padded in (
         (packed.cu_seqlens_q, packed.cu_seqlens_q_padded), (packed.cu_seqlens_kv, packed.cu_seqlens_kv_padded)))  # fmt: skip
     if keys is not begins and keys is not None and (keys.shape != begins.shape or keys.device.type == "cpu" and not torch.equal(keys, begins)):

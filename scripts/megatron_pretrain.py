@@ -43,6 +43,7 @@ def main() -> None:
     ranks = Ranks.from_environment()
     logging.basicConfig(level=logging.INFO if ranks.rank == 0 else logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")  # from every process: of old names within, of Transformer Engine
     arguments = parse_arguments()
     with one_clear_message(ranks):
         config, notes = load_config(arguments.config, arguments.overrides, world_size=ranks.world, schema=MegatronConfig)

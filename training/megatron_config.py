@@ -19,15 +19,17 @@ class MegatronSection(Section):
 
 
 def _divided(c: "MegatronConfig") -> bool:
-    model = c.model.resolved()
-    return any(number % c.megatron.tensor_parallel for number in (model.heads, model.kv_heads, model.ffn_size, model.vocab_size))
+    model, ranks = c.model.resolved(), c.megatron.tensor_parallel
+    # Of fewer key heads than ranks Megatron gives each rank one, and its share of the projection's rows, wherever a head ends.
+    rows = (model.heads + 2 * model.kv_heads) * model.head_dim
+    return any(number % ranks for number in (model.heads, rows, model.ffn_size, model.vocab_size)) or bool(model.kv_heads % ranks and ranks % model.kv_heads)
 
 
 ROWS = (
     Row(("megatron.tensor_parallel", "model.heads", "model.kv_heads", "model.ffn_size", "model.vocab_size"),
         _divided,
-        "{megatron.tensor_parallel} ranks do not divide heads, kv_heads, ffn_size or vocab_size",
-        "use a divisor of all four, or change them (vocab_size may have unused rows)",
+        "{megatron.tensor_parallel} ranks do not divide heads, kv_heads, ffn_size or vocab_size, nor share each of fewer kv_heads evenly",
+        "use a divisor of all four, or of kv_heads a multiple, or change them (vocab_size may have unused rows)",
         example=("megatron.tensor_parallel=5",), instead=("megatron.tensor_parallel=1",)),
     Row(("megatron.pipeline_parallel", "model.layers"),
         lambda c: c.model.layers % c.megatron.pipeline_parallel != 0,

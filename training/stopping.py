@@ -72,6 +72,8 @@ class StopRequests:
         # Python's own handlers wait for the main thread, which may be inside NCCL; the wakeup descriptor is written at once.
         signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
         self._wakeup = wakeup  # open as long as signals may come
+        # Processes forked to write a checkpoint share it: one Ctrl-C, which reaches them too, would count as several.
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         threading.Thread(target=self._watch, name="stop requests", daemon=True).start()

@@ -274,12 +274,12 @@ def _write_durably(file: BinaryIO, content: bytes) -> None:
 
 
 def run_tags(config: dict[str, Any], parameters: int) -> list[str]:
-    """What one looks for runs by, from a resolved configuration: size, sequence length, attention backend, ZeRO stage (or megatron) and
-    precision, as in ["124M", "seq1024", "triton", "zero3", "bf16"]."""
+    """What one looks for runs by, from a resolved configuration: size, sequence length, attention backend (or Megatron's own), ZeRO stage
+    (or megatron) and precision, as in ["124M", "seq1024", "triton", "zero3", "bf16"]."""
     return [
         _model_size(parameters),
         f"seq{config['model']['sequence_length']}",
-        config["attention"]["backend"],
+        "DotProductAttention" if config.get("megatron", {}).get("attention") == "megatron" else config["attention"]["backend"],
         "megatron" if "megatron" in config else f"zero{config['zero']['stage']}",
         config["train"]["precision"],
     ]

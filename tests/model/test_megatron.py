@@ -99,6 +99,19 @@ def test_without_a_mask_every_query_sees_all():
     torch.testing.assert_close(last, own(q, k, v, None)[-1:], rtol=1e-5, atol=5e-6)
 
 
+def test_padding_behind_a_packed_sequence_is_not_seen():
+    core = ours(configuration(2))
+    _, q, k, v = (x.squeeze(1) for x in projected(2, batch=1))
+    begins, padded = (torch.tensor(each, dtype=torch.int32) for each in ([0, 5, 6, 20], [0, 8, 10, LENGTH]))
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=begins, cu_seqlens_kv=begins, cu_seqlens_q_padded=padded, cu_seqlens_kv_padded=padded)
+    found = core(q, k, v, None, packed_seq_params=packed)
+    for first, length in zip(padded, begins.diff(), strict=False):
+        part = slice(first, first + length)
+        torch.testing.assert_close(found[part], core(*(x[part].unsqueeze(1) for x in (q, k, v)), None).squeeze(1), rtol=1e-5, atol=5e-6)
+    with pytest.raises(ValueError, match="would see the padding behind it .*; pack without padding"):
+        ours(configuration(2), mask=AttnMaskType.no_mask)(q, k, v, None, packed_seq_params=packed)
+
+
 @pytest.mark.parametrize("keys", [{}, {"window_size": (3, 0)}])
 def test_packed_sequences_do_not_see_each_other(keys):
     core = ours(configuration(2, **keys))
@@ -177,6 +190,16 @@ def test_recomputation_draws_the_same_dropout(recompute):
 def test_what_it_cannot_do_is_refused_when_the_model_is_built(keys, arguments, told):
     with pytest.raises(ValueError, match=f"(?s){told}"):
         ours(configuration(**keys), **arguments)
+
+
+def test_the_dtype_is_that_of_the_flags_which_the_finished_model_is_wrapped_by(monkeypatch):
+    mixed, full = configuration(bf16=True), configuration()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(model.megatron, "compute_capability", lambda device: (9, 0))
+    assert ours(mixed, backend="sdpa_flash").backend == "sdpa_flash"
+    with pytest.raises(ValueError, match="needs float16 or bfloat16, not float32"):
+        ours(full, backend="sdpa_flash")
 
 
 def test_masks_and_biases_are_refused():

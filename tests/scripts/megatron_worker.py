@@ -38,8 +38,8 @@ SMALL = ["sample.tokens=0", "tracking.wandb=disabled", "train.compile=false", "t
          "train.micro_batch_size=1", "train.gradient_accumulation_steps=null", "model.layers=2", "model.hidden_size=32", "model.heads=4", "model.ffn_size=64",
          "model.sequence_length=32", "model.vocab_size=272", "model.init_std=0.1", "optimizer.lr=1e-2", "optimizer.warmup_steps=1", "eval.sequences=8", "eval.every=0",
          "checkpoint.every=null"]  # fmt: skip
-GPT2 = ["model.positions=learned", "attention.window=9"]
-LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.kv_heads=2", "model.tied_embeddings=false"]
+GPT2 = ["model.positions=learned", "model.kv_heads=2", "attention.window=9"]
+LLAMA = ["model.positions=rope", "model.norm=rmsnorm", "model.activation=swiglu", "model.bias=false", "model.kv_heads=1", "model.tied_embeddings=false"]
 
 
 def run(name: str, processes: int, *settings: str, folder: Path, corpus: str, before: Callable[[int], None] = lambda rank: None) -> dict:
@@ -63,6 +63,7 @@ def _fork(rank: int, processes: int, port: int, arguments: list[str], log: Path,
                       CUDA_DEVICE_MAX_CONNECTIONS="1")  # fmt: skip
     sys.argv = ["megatron_pretrain.py", *arguments]
     megatron_pretrain.own_device = lambda local_rank: torch.device("cpu")
+    warnings.resetwarnings()
     before(rank)
     try:
         with cuda_on_cpu():

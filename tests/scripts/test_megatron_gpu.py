@@ -23,8 +23,9 @@ def train(tmp_path_factory):
     def run(name: str, gpus: int, *overrides: str):
         settings = [f"run.output_dir={folder}", f"run.name={name}", f"data.corpus={folder}/sonnet", "train.steps=10", "train.global_batch_size=8",
                     "train.micro_batch_size=2", "train.gradient_accumulation_steps=null", "train.compile=false", "model.layers=4", "model.hidden_size=512",
-                    "model.heads=8", "model.sequence_length=256", "model.vocab_size=320", "optimizer.warmup_steps=2", "checkpoint.every=5",
-                    "tracking.wandb=disabled", *overrides]  # fmt: skip
+                    "model.heads=8", "model.sequence_length=256", "model.vocab_size=320", "checkpoint.every=5", "tracking.wandb=disabled",
+                    # Under larger rates the loss jumps, and rounding with it.
+                    "optimizer.warmup_steps=2", "optimizer.lr=1e-4", "optimizer.min_lr=1e-5", *overrides]  # fmt: skip
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus), "scripts/megatron_pretrain.py",
                                "--config", "configs/megatron/base.yaml", *settings], capture_output=True, text=True, timeout=300)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -48,7 +49,7 @@ def one(train):
 ])  # fmt: skip
 def test_every_layout_has_the_losses_of_one_gpu(train, one, request, gpus, settings):
     _, losses = train(request.node.callspec.id.replace(" ", "-"), gpus, *settings)
-    assert losses == pytest.approx(one[1], rel=5e-3) and losses[-1] < losses[0]
+    assert losses == pytest.approx(one[1], rel=1e-3) and losses[-1] < losses[0]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(train):

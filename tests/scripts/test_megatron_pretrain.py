@@ -61,6 +61,7 @@ def test_a_run_that_is_stopped_and_started_again_ends_as_one_that_was_not_bit_fo
     for name in ("loss", "grad_norm", "lr"):
         assert [row[name] for row in resumed["rows"]] == [row[name] for row in whole["rows"]]
     assert resumed["rows"][-1]["val_loss"] == whole["rows"][-1]["val_loss"] < whole["rows"][0]["loss"]
+    assert "Warning" not in whole["log"]
     assert "device 4 x CPU (peak unknown, so no MFU), Megatron: tensor 2 with sequence parallelism x pipeline 1, bf16" in whole["log"]
 
 
@@ -104,6 +105,15 @@ def test_the_processes_are_shared_out_or_refused():
     assert config.sharing.of(8) == "8 processes / 4 that share a model"
     with pytest.raises(ConfigError, match="4 processes share a model, and 6 cannot be divided into such groups; .* start a multiple of 4 processes"):
         load("megatron.tensor_parallel=4", world_size=6)
+
+
+def test_ranks_may_share_key_heads_where_they_share_them_evenly():
+    load("model.heads=8", "model.kv_heads=2", "megatron.tensor_parallel=4", world_size=4)
+    unequal = ["model.heads=12", "model.kv_heads=4", "megatron.tensor_parallel=6"]
+    cut_up = ["model.heads=4", "model.kv_heads=1", "megatron.tensor_parallel=4", "model.head_dim=65"]  # 6 heads of 65 are 390 rows
+    for settings in (unequal, cut_up):
+        with pytest.raises(ConfigError, match="ranks do not divide heads"):
+            load(*settings, "model.ffn_size=2304", "model.vocab_size=50400", world_size=12)
 
 
 def test_an_unknown_key_is_told_with_its_nearest():

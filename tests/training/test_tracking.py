@@ -384,6 +384,8 @@ def test_tags_say_what_a_run_is(parameters, size):
         "model": {"sequence_length": 1024}, "attention": {"backend": "triton"}, "zero": {"stage": 3}, "train": {"precision": "bf16"},
     }
     assert run_tags(config, parameters) == [size, "seq1024", "triton", "zero3", "bf16"]
+    assert run_tags(config | {"megatron": {"attention": "ours"}}, parameters) == [size, "seq1024", "triton", "megatron", "bf16"]
+    assert run_tags(config | {"megatron": {"attention": "megatron"}}, parameters) == [size, "seq1024", "DotProductAttention", "megatron", "bf16"]
 
 
 def test_a_last_line_cut_off_is_left_out_and_said(tmp_path):
