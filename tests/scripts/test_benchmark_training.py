@@ -11,7 +11,7 @@ import torch
 from model.gpt import GPT
 from scripts import benchmark_training as benchmark
 from scripts.training_profile import PROFILED, common, length, report, summarise, union
-from scripts.training_peers import CONTENDERS, Refused, cross_entropy, huggingface_model, set_learning_rate
+from scripts.training_peers import CONTENDERS, Refused, cross_entropy, huggingface_model, set_learning_rate, theory_gb
 from training.engine import build_optimizer
 from training.metering import Meter
 
@@ -122,6 +122,31 @@ def test_a_micro_batch_out_of_memory_does_not_end_the_search(tmp_path, tiny, mon
     assert [row["first_loss"], row["last_loss"]] == pytest.approx(plain_losses(case, 2, monkeypatch), abs=1e-4)
 
 
+@pytest.mark.parametrize("crashes, launches, found", [({8}, 2, [4, 2]), ({8, 4}, 2, []), ({8, 2}, 2, [4]), ({4}, 2, [8, 2])])
+def test_a_micro_batch_that_crashes_is_passed_over_and_two_in_a_row_end_the_search(tmp_path, monkeypatch, crashes, launches, found):
+    launched = []
+
+    def launch(asked: dict, folder: Path, name: str) -> str | None:
+        file = Path(asked["trials"])
+        trials = json.loads(file.read_text())["trials"]
+        launched.append(name)
+        for micro_batch in asked["candidates"][len(trials) :]:
+            trials.append({"micro_batch": micro_batch} | ({} if micro_batch in crashes else {"step_ms": 1.0, "tokens_per_second_per_gpu": 1.0 / micro_batch}))
+            file.write_text(json.dumps({"trials": trials, "complete": False}))
+            if micro_batch in crashes:
+                return "RuntimeError: CUDA error: an illegal memory access was encountered"
+        file.write_text(json.dumps({"trials": trials, "complete": True}))
+        return None
+
+    monkeypatch.setattr(benchmark, "launch", launch)
+    asked = {"case": "a", "contender": "ours", "candidates": [8, 4, 2], "profile": None}
+    trials, reason = benchmark.launch_until_done(asked, tmp_path)
+    assert len(launched) == launches and [trial["micro_batch"] for trial in trials if "step_ms" in trial] == found
+    row = benchmark.best_row(trials, reason)
+    assert row["failed"] and "illegal memory access" in row["search_broke_off" if found else "left_out"]
+    assert row.get("micro_batch") == (min(found) if found else None)
+
+
 def test_hugging_face_with_our_attention_is_held_against_hugging_face_with_sdpa():
     def row(contender, speed, memory, case="a"):
         return {"config": case, "contender": contender, "micro_batch": 4, "tokens_per_second_per_gpu": speed, "allocated_gb": memory}
@@ -193,6 +218,13 @@ def test_speed_by_hand():
     assert told["mfu_causal"] == pytest.approx(524_288 * (855_383_040 - 12 * 12 * 768 * (1024 - 512.5)) / 989e12)
     blocks = 85_054_464 - 12 * (4 * 768**2 + 768)  # full checkpointing: all but each block's last product
     assert told["hfu"] == pytest.approx(524_288 * (855_383_040 + 2 * blocks + 113_246_208 // 3) / 989e12)
+
+
+def test_communication_in_theory_by_hand():
+    """Two micro batches of a model of 1e9 elements, 0.2e9 of which stay: 2 bytes for each gather, 4 for each sum."""
+    config = benchmark.case_config("gpt2-124m,train.global_batch_size=8", 2, 2)
+    assert theory_gb((2 * 800_000_000, 200_000_000, 10**9), config, world=2) == pytest.approx({"gathers": 2 * 3.2 + 0.4, "sums": 8.0})
+    assert theory_gb((2 * 800_000_000, 200_000_000, 10**9), config, world=1) == {"gathers": 0.0, "sums": 0.0}
 
 
 def test_speed_without_a_known_peak_is_no_mfu():
