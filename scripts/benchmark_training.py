@@ -3,13 +3,14 @@
     python scripts/benchmark_training.py --configs gpt2-124m gpt-1.3b --gpus 4
     python scripts/benchmark_training.py --gpus 2 --configs gpt-1.3b,train.activation_checkpointing=none,train.global_batch_size=64
     python scripts/benchmark_training.py --configs gpt2-124m --contenders ours fsdp2_compile --micro-batches 64 32 --profile ours
-    python scripts/benchmark_training.py --configs gpt2-124m --contenders ours,train.compile=false ours,zero.reuse_distance=0 ours
+    python scripts/benchmark_training.py --configs gpt2-124m --contenders ours,train.compile=false ours,zero.persistence_threshold=0 ours
 
 **A case** is a file in configs/ (or a path to one) and, after commas, settings that replace the file's, as train.py takes them. The model,
 train.global_batch_size, train.activation_checkpointing, zero.reduce_dtype, precision, optimizer and seed hold for all contenders; what
 makes them differ is in scripts/training_peers.py:
 
     ours                      train.py's engine and step, configured by the file
+    ours_sharded              the same, but every block is let go of after its forward pass and gathered again, where there are several GPUs
     zero3_stock               the same GPT with PyTorch's attention under DeepSpeed's ZeRO-3 as it comes
     zero3_deepcompile         the same, compiled by DeepSpeed's DeepCompile
     huggingface_zero3         GPT-2 or Llama of transformers, with SDPA, under the same; left out where that is not installed
@@ -17,8 +18,7 @@ makes them differ is in scripts/training_peers.py:
     fsdp2_compile             the same GPT under FSDP2, blocks and loss compiled, cuDNN's attention; blocks are gathered again for backward
     fsdp2_compile_no_reshard  the same, blocks stay gathered from the forward to the backward pass
 
-A contender may have settings of its own after commas, as long as it still trains the same; as ours,zero.reuse_distance=0 does, which keeps
-every block sharded.
+A contender may have settings of its own after commas, as long as it still trains the same; as ours,zero.reduce_bucket_size=100000000 does.
 
 Tokens are random, the same for all; nothing is logged, evaluated or saved.
 
@@ -78,7 +78,8 @@ from training.distributed import end_process, free_port, gather, join_process_gr
 from training.files import write_atomically  # noqa: E402
 from training.tracking import collect_environment, to_json  # noqa: E402
 
-CONTENDERS = ("ours", "zero3_stock", "zero3_deepcompile", "huggingface_zero3", "huggingface_zero3_ours", "fsdp2_compile", "fsdp2_compile_no_reshard")
+CONTENDERS = ("ours", "ours_sharded", "zero3_stock", "zero3_deepcompile", "huggingface_zero3", "huggingface_zero3_ours", "fsdp2_compile",
+              "fsdp2_compile_no_reshard")
 # What peers have no part of, or not the same: a comparison holds where the configuration says so.
 COMPARABLE = {
     "zero.stage": (3,), "zero.offload_optimizer": ("none",), "zero.offload_parameters": ("none",), "optimizer.name": ("adamw",),

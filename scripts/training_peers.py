@@ -76,6 +76,14 @@ def ours(config: Config) -> Trainer:
                    + ", blocks compiled" * config.train.compile, partial(let_go, engine))
 
 
+def ours_sharded(config: Config) -> Trainer:
+    """``ours`` with no parameter staying, and prefetch of a block: with more it would pass over blocks that are there, which then stay."""
+    with torch.device("meta"):
+        block = sum(p.numel() for p in GPT(config.model).blocks[0].parameters())
+    zero = config.zero.model_copy(update={"persistence_threshold": 0, "reuse_distance": 0, "prefetch_bucket_size": block})
+    return ours(config.model_copy(update={"zero": zero}))
+
+
 def zero3_stock(config: Config, *, deepcompile: bool = False) -> Trainer:
     """The same GPT, and DeepSpeed told no more than it must know."""
     config = with_sdpa(config)
@@ -280,6 +288,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, number: int, config: Con
 
 CONTENDERS: dict[str, Callable[[Config], Trainer]] = {
     "ours": ours,
+    "ours_sharded": ours_sharded,
     "zero3_stock": zero3_stock,
     "zero3_deepcompile": zero3_deepcompile,
     "huggingface_zero3": huggingface_zero3,

@@ -64,11 +64,11 @@ def plain_losses(case: str, steps: int, monkeypatch) -> list[float]:
 
 def test_contenders_train_the_same_model_on_the_same_batch(tmp_path, tiny, capsys, monkeypatch):
     """Two processes each: from the same weights and tokens, with every micro batch, they come to the loss of plain PyTorch."""
-    asked = ["--configs", tiny, "--gpus", 2, "--contenders", "ours", "fsdp2_compile", "--profile", "fsdp2_compile"]
+    asked = ["--configs", tiny, "--gpus", 2, "--contenders", "ours", "ours_sharded", "fsdp2_compile", "--profile", "fsdp2_compile"]
     code, result = run(tmp_path, *asked)
     rows = {row["contender"]: row for row in result["rows"]}
     losses = plain_losses(str(tiny), 5, monkeypatch)
-    assert code == 0 and list(rows) == ["ours", "fsdp2_compile"] and losses[4] < losses[0] - 0.3
+    assert code == 0 and list(rows) == ["ours", "ours_sharded", "fsdp2_compile"] and losses[4] < losses[0] - 0.3
     for row in rows.values():
         assert {trial["micro_batch"] for trial in row["trials"]} >= {4, 2}
         for trial in row["trials"]:
@@ -76,6 +76,10 @@ def test_contenders_train_the_same_model_on_the_same_batch(tmp_path, tiny, capsy
             assert len(trial["all_step_ms"]) == 3 and trial["reduce_dtype"] == "fp32" and trial["parameters"] == rows["ours"]["parameters"]
             assert [trial["first_loss"], trial["last_loss"]] == pytest.approx([losses[0], losses[4]], abs=1e-4)
         assert row["tokens_per_second_per_gpu"] == max(trial["tokens_per_second_per_gpu"] for trial in row["trials"])
+    assert rows["ours"]["gathered"].startswith("0.0%") and rows["ours_sharded"]["gathered"].startswith("100.0%")
+    for row in rows.values():
+        assert row["theory_gb"]["sums"] == pytest.approx(4e-9 * row["parameters"] * row["accumulation"])
+    assert rows["fsdp2_compile"]["profile"]["theory_gb"] == rows["fsdp2_compile"]["theory_gb"]
     assert "nothing compiled on a CPU" in rows["fsdp2_compile"]["made_of"] and "again" in rows["fsdp2_compile"]["gathered"]
     ratio = result["summary"][str(tiny)]["fsdp2_compile"]
     assert ratio == rows["ours"]["tokens_per_second_per_gpu"] / rows["fsdp2_compile"]["tokens_per_second_per_gpu"]
@@ -268,7 +272,7 @@ def test_what_cannot_be_compared_is_refused(tiny, capsys, override, message):
     ("ours,model.layers=3", "model must be the same for all; change it in --configs"),
     ("ours,train.activation_checkpointing=full", "train.activation_checkpointing must be the same for all"),
     ("ours,zero.reduce_dtype=bf16", "zero.reduce_dtype must be the same"), ("ours,zero.stage=2", "zero.stage is 2"),
-    ("ours,zero.reuse=0", "unknown key"), ("theirs", "there is no such contender; there are ours, zero3_stock")])
+    ("ours,zero.reuse=0", "unknown key"), ("theirs", "there is no such contender; there are ours, ours_sharded")])
 def test_a_contenders_own_settings_leave_the_task_as_it_is(tiny, capsys, contender, message):
     case = f"{tiny},train.precision=bf16"
     asked = ["--configs", case, "--gpus", "2", "--device", "cpu", "--contenders"]
