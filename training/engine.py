@@ -241,6 +241,8 @@ def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, config: Config) -> No
     settings = config.optimizer
     for group, own in zip(engine.optimizer.param_groups, group_settings(settings), strict=True):
         group |= own
+        if "fused" in engine.basic_optimizer.defaults:  # which one of an earlier version, saved on a CPU, was not
+            group["fused"] = engine.basic_optimizer.defaults["fused"]
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = settings.grad_clip
 

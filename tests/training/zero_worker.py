@@ -31,7 +31,7 @@ from training.checkpoints import LoopState
 from training.config import Config, load_config
 from training.corpus import Corpus, write_corpus
 from training.distributed import UserFault, agree, end_process, join_process_group, together
-from training.engine import build_engine, deepspeed_config, train_step, unread_keys
+from training.engine import build_engine, deepspeed_config, set_hyperparameters, train_step, unread_keys
 from training.evaluation import evaluate, sample_text
 from training.loss_scale import LossScale
 from training.schedule import learning_rate
@@ -333,6 +333,9 @@ class Asked(TorchDispatchMode):
 def asked_in_a_step(*settings: str) -> dict:
     config = configure(*settings)
     engine, asked = build_engine(config), Asked()
+    for group in engine.optimizer.param_groups:
+        group["fused"] = None  # as a loaded checkpoint of an earlier version has it
+    set_hyperparameters(engine, config)
     train_step(engine, micro_batches(config, 0), 0, config)  # in which the ranks compare the order of their gathers
     with asked:
         results = [train_step(engine, micro_batches(config, step), step, config) for step in range(1, STEPS)]
