@@ -117,10 +117,10 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # Imported late, so that a fault in the configuration is told sooner, and DeepSpeed's remarks on the machine go to its log.
     from training import checkpoints
     from training.batches import TrainingBatches, validation_batches
-    from training.engine import StepResult, build_engine, check_machine, deepspeed_config, train_step
+    from training.engine import build_engine, check_machine, deepspeed_config, train_step
     from training.evaluation import evaluate, mixed, sample_text
     from training.loss_scale import LossScale
-    from training.metering import Meter
+    from training.metering import Meter, mark, seconds_between
     from training.tracking import METRICS_FILE, ProgressLine, collect_environment
 
     agree("attention.backend", config.attention.backend)
@@ -178,43 +178,49 @@ def train(config: Config, notes: list[str], ranks: Ranks, *, verbose: bool) -> N
     # 6. The loop.
     progress = ProgressLine(config.train.steps, every=config.tracking.log_every)
     validation = None
-    untold: list[tuple[dict, StepResult]] = []
+    untold: tuple | None = None
 
-    def tell(*, wait: bool) -> None:
-        while untold and (wait or untold[0][1].is_here()):
-            row, result = untold.pop(0)
-            row |= {"loss": float(result.loss), "grad_norm": float(result.grad_norm)}
-            if first:
-                recorder.record(row)
-                progress.update(row)
+    def tell(*, evaluates: bool = False) -> None:
+        """Count and record the step that has not been yet, once the GPU has done with it; with a validation, if it is its turn."""
+        nonlocal untold, validation
+        if untold is None:
+            return
+        (step, result, began, ended, data_seconds), untold = untold, None
+        row = meter.row(step, result, step_seconds=seconds_between(began, ended), data_seconds=data_seconds)
+        state.count(result)
+        row |= {"loss": float(result.loss), "grad_norm": float(result.grad_norm), "skipped_steps": state.skipped_steps}
+        if state.loss_scale:
+            row["overflow_steps"] = state.overflow_steps
+        if evaluates:
+            validation = validate()
+            row |= validation
+        if first:
+            recorder.record(row)
+            progress.update(row)
+            if not result.applied:
+                falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
+                progress.note(f"step {step}: loss {row['loss']}, gradient norm {row['grad_norm']}: skipped on every rank ({state.skipped_steps} so far){falls}")
+        if state.skipped_in_a_row >= config.train.stop_after_skipped:
+            raise UserFault(diverged(state, config, run_dir))
 
     with recorder or contextlib.nullcontext(), contextlib.closing(batches):
         stop.begin_loop()
         for step in range(state.step + 1, config.train.steps + 1):
-            started = time.perf_counter()
+            began, started = mark(), time.perf_counter()
             micro_batches = batches.step(step - 1)
             data_seconds = time.perf_counter() - started
             result = train_step(engine, micro_batches, step - 1, config, state.loss_scale, stopping=lambda: stop.reason is not None)
-            tell(wait=True)  # of the step before, whose numbers have long been there: no step is waited for
-            state.count(result)
-            row = meter.row(step, result, step_seconds=time.perf_counter() - started, data_seconds=data_seconds)
-            row["skipped_steps"] = state.skipped_steps
-            if state.loss_scale:
-                row["overflow_steps"] = state.overflow_steps
-            last, stops = step == config.train.steps, float(result.stopping) > 0
+            ended = mark()
+            tell()  # of the step before: the GPU has this one to do while the host waits for that
+            untold = (step, result, began, ended, data_seconds)
+            last, stops = step == config.train.steps, float(result.stopping) > 0  # asked for before the backward pass: that is not waited for
             saves = config.checkpoint.every is not None and (last or config.checkpoint.every and step % config.checkpoint.every == 0)
-            if last or config.eval.every and step % config.eval.every == 0:
-                validation = validate()
-                row |= validation
-            untold.append((row, result))
-            tell(wait=last or saves or stops or not result.applied or "val_loss" in row)
-            if first and not result.applied:
-                falls = f"; the loss scale falls from {result.loss_scale:g} to {state.loss_scale.scale:g}" if result.overflow else ""
-                progress.note(f"step {step}: loss {float(result.loss)}, gradient norm {float(result.grad_norm)}: skipped on every rank ({state.skipped_steps} so far){falls}")
-            if state.skipped_in_a_row >= config.train.stop_after_skipped:
-                raise UserFault(diverged(state, config, run_dir))
+            evaluates = last or config.eval.every and step % config.eval.every == 0
+            # A CPU has done with it, and fp16 has waited for it.
+            if last or saves or stops or evaluates or engine.device.type == "cpu" or state.loss_scale:
+                tell(evaluates=evaluates)
             saved = save_checkpoint() if saves else None
-            if saves or "val_loss" in row:
+            if saves or evaluates:
                 stops = any_rank(stop.reason is not None, engine.device)  # asked again after what takes long
             if stops and not last:
                 if config.checkpoint.every is not None and saved is None:

@@ -3,13 +3,14 @@
     python scripts/benchmark_training.py --configs gpt2-124m gpt-1.3b --gpus 4
     python scripts/benchmark_training.py --gpus 2 --configs gpt-1.3b,train.activation_checkpointing=none,train.global_batch_size=64
     python scripts/benchmark_training.py --configs gpt2-124m --contenders ours fsdp2_compile --micro-batches 64 32 --profile ours
-    python scripts/benchmark_training.py --configs gpt2-124m --contenders ours,train.compile=false ours,zero.reuse_distance=0 ours
+    python scripts/benchmark_training.py --configs gpt2-124m --contenders ours,train.compile=false ours,zero.persistence_threshold=0 ours
 
 **A case** is a file in configs/ (or a path to one) and, after commas, settings that replace the file's, as train.py takes them. The model,
 train.global_batch_size, train.activation_checkpointing, zero.reduce_dtype, precision, optimizer and seed hold for all contenders; what
 makes them differ is in scripts/training_peers.py:
 
     ours                      train.py's engine and step, configured by the file
+    ours_sharded              the same, but every block is let go of after its forward pass and gathered again, where there are several GPUs
     zero3_stock               the same GPT with PyTorch's attention under DeepSpeed's ZeRO-3 as it comes
     zero3_deepcompile         the same, compiled by DeepSpeed's DeepCompile
     huggingface_zero3         GPT-2 or Llama of transformers, with SDPA, under the same; left out where that is not installed
@@ -17,8 +18,7 @@ makes them differ is in scripts/training_peers.py:
     fsdp2_compile             the same GPT under FSDP2, blocks and loss compiled, cuDNN's attention; blocks are gathered again for backward
     fsdp2_compile_no_reshard  the same, blocks stay gathered from the forward to the backward pass
 
-A contender may have settings of its own after commas, as long as it still trains the same; as ours,zero.reuse_distance=0 does, which keeps
-every block sharded.
+A contender may have settings of its own after commas, as long as it still trains the same; as ours,zero.reduce_bucket_size=100000000 does.
 
 Tokens are random, the same for all; nothing is logged, evaluated or saved.
 
@@ -32,6 +32,9 @@ of two steps, of the slowest rank; the row has the median of --steps after --war
 **MFU** is as training/flops.py says, over the table's peak of the GPU; `mfu_causal` counts what the causal mask shows alone, `hfu` also
 what is computed again; `of_matmul` is MFU over the rate of a large matrix product, measured on all of the GPUs at once in the same launch.
 **Memory** is the peak of the timed steps on the rank that takes most: `allocated` by tensors, `reserved` from the driver.
+
+**Communication.** `theory_gb` is what a step's gathers and sums come to, of a rank's larger side of each call, which --profile measures beside
+it. Under ZeRO-3 it is the most: what zero.reuse_distance keeps from the forward to the backward pass is gathered once less.
 
 --profile NAME traces 3 steps of rank 0 at that contender's best micro batch in a launch of its own: a Chrome trace beside the JSON, and in
 the JSON and on the screen what scripts/training_profile.py makes of it.
@@ -59,6 +62,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -74,7 +78,8 @@ from training.distributed import end_process, free_port, gather, join_process_gr
 from training.files import write_atomically  # noqa: E402
 from training.tracking import collect_environment, to_json  # noqa: E402
 
-CONTENDERS = ("ours", "zero3_stock", "zero3_deepcompile", "huggingface_zero3", "huggingface_zero3_ours", "fsdp2_compile", "fsdp2_compile_no_reshard")
+CONTENDERS = ("ours", "ours_sharded", "zero3_stock", "zero3_deepcompile", "huggingface_zero3", "huggingface_zero3_ours", "fsdp2_compile",
+              "fsdp2_compile_no_reshard")
 # What peers have no part of, or not the same: a comparison holds where the configuration says so.
 COMPARABLE = {
     "zero.stage": (3,), "zero.offload_optimizer": ("none",), "zero.offload_parameters": ("none",), "optimizer.name": ("adamw",),
@@ -226,7 +231,7 @@ def profile_contender(row: dict, case: str, options: argparse.Namespace, folder:
     trials, reason = launch_until_done(asked, folder)
     if reason is not None or "left_out" in trials[-1]:
         return {"left_out": f"profile: {reason or trials[-1]['left_out']}"}
-    return {"trace": f"{folder.name}/{trace.name}", **summarise(read_trace(trace), PROFILED_STEPS)}
+    return {"trace": f"{folder.name}/{trace.name}", "theory_gb": row["theory_gb"], **summarise(read_trace(trace), PROFILED_STEPS)}
 
 
 def request(case: str, contender: str, micro_batches: list[int], options: argparse.Namespace) -> dict:
@@ -238,10 +243,11 @@ def launch_until_done(asked: dict, folder: Path) -> tuple[list[dict], str | None
     """Every trial, and why the search broke off, if it did.
 
     After a micro batch that memory did not suffice for, or that left memory behind, the next is tried in the same processes where that can
-    be done; where not, they have ended, and are started anew.
+    be done; where not, they have ended, and are started anew. So they are after one that failed otherwise, as kernels may at sizes that
+    others fit; two such in a row end the search.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        file, known = Path(scratch, "trials.json"), []
+        file, known, failed = Path(scratch, "trials.json"), [], None
         while True:
             write_atomically(file, json.dumps({"trials": known, "complete": False}))
             name = f"{_file_name(asked['case'])}-{asked['contender']}{'-profile' if asked['profile'] else ''}-{len(known)}"
@@ -249,13 +255,16 @@ def launch_until_done(asked: dict, folder: Path) -> tuple[list[dict], str | None
             found = json.loads(file.read_text())
             trials, before = found["trials"], len(known)
             if found["complete"]:
-                return trials, None
+                return trials, failed
             if len(trials) == before:
                 return trials, reason or "ended without a trial"
             if set(trials[-1]) == {"micro_batch"}:  # begun, and not ended
                 trials[-1]["left_out"] = reason = reason or "ended in the middle of it"
                 if OUT_OF_MEMORY not in reason:
-                    return trials, reason
+                    again = len(trials) > 1 and OUT_OF_MEMORY not in trials[-2].get("left_out", OUT_OF_MEMORY)
+                    if again or REFUSED in reason or reason.startswith("not done after") or len(trials) == len(asked["candidates"]):
+                        return trials, reason
+                    failed = failed or reason
             known = trials
 
 
@@ -396,7 +405,8 @@ def try_out(build: Callable, config: Config, asked: dict, ceiling: float, agreei
 
 def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dict:
     """One micro batch: trained for a few steps, and timed or profiled."""
-    from training.metering import Meter
+    from scripts.training_peers import theory_gb
+    from training.metering import Meter, mark, seconds_between
 
     on_gpu, micro_batches, meter = torch.cuda.is_available(), random_batches(config), Meter(config, dist.get_world_size())
     trainer = build()
@@ -419,12 +429,13 @@ def measure(build: Callable, config: Config, asked: dict, ceiling: float) -> dic
         for number in range(asked["steps"]):
             last = trainer.step(micro_batches, asked["warmup"] + number)
             marks.append(mark())
-        step_ms = slowest(milliseconds(marks))
+        step_ms = slowest([1000 * seconds_between(*pair) for pair in pairwise(marks)])
         train, memory = config.train, peak_memory()
         return {
             "micro_batch": train.micro_batch_size, "accumulation": train.gradient_accumulation_steps,
             "global_batch": train.global_batch_size, "checkpointing": train.activation_checkpointing,
-            **speed(step_ms, meter, ceiling), **memory, "gathered": trainer.gathered, "made_of": trainer.made_of,
+            **speed(step_ms, meter, ceiling), **memory, "gathered": trainer.gathered,
+            "theory_gb": theory_gb(trainer.volume, config, dist.get_world_size()), "made_of": trainer.made_of,
             "reduce_dtype": config.zero.reduce_dtype, "first_loss": over_ranks(first()), "last_loss": over_ranks(last()),
         }  # fmt: skip
     finally:
@@ -439,24 +450,6 @@ def random_batches(config: Config) -> list[tuple[torch.Tensor, torch.Tensor]]:
     windows = torch.randint(model.vocab_size, shape, generator=torch.Generator().manual_seed(config.run.seed + reader))
     windows = windows.to("cuda" if torch.cuda.is_available() else "cpu")
     return [(micro[:, :-1], micro[:, 1:].chunk(sharing, 1)[part]) for micro in windows.split(train.micro_batch_size)]
-
-
-def mark() -> torch.cuda.Event | float:
-    """Now, in the GPU's order of things; on a CPU the clock."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def milliseconds(marks: list) -> list[float]:
-    """Between each mark and the next."""
-    pairs = list(zip(marks[:-1], marks[1:], strict=True))
-    if not torch.cuda.is_available():
-        return [1000 * (end - begin) for begin, end in pairs]
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in pairs]
 
 
 def over_ranks(loss: float) -> float:

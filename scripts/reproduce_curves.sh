@@ -3,9 +3,9 @@
 # three seeds of gpt2-124m beside one run of every other backend, with compare_runs.py's verdict; and packed documents of 8192 tokens with
 # document masks on two kernels that skip what they hide, beside the same run without the mask, where there is nothing to skip.
 #
-#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents] [hopper] [modes] [precisions]
+#     bash scripts/reproduce_curves.sh [data] [one] [two] [large] [summary] [seeds] [documents] [hopper] [modes] [precisions] [to_loss]
 #
-# Without arguments every part but hopper, modes (checkpointing, stages, offload) and precisions, in that order; about 30 minutes on two H200s.
+# Without arguments every part but hopper, modes (checkpointing, stages, offload), precisions and to_loss, in that order; about 30 minutes on two H200s.
 # Runs go to runs/curves, runs/seeds and so on, the tables, pictures and the JSON behind them to docs/results.  On a machine of one GPU leave out
 # "two"; "large" takes every GPU.
 set -euo pipefail
@@ -97,6 +97,18 @@ precisions() { # of 65,536 tokens a step
     local runs=runs/precisions of="gpt2-124m 75 train.micro_batch_size=32 train.global_batch_size=64"
     side_by_side "fp32 $of train.precision=fp32" "bf16 $of" "fp16 $of train.precision=fp16" "bf16-2 $of run.seed=2" "bf16-3 $of run.seed=3"
     python3 scripts/compare_runs.py "$runs"/* --json docs/results/precisions.json --png docs/results/precisions.png
+}
+
+to_loss() { # wall-clock to one validation loss with standard attention, PyTorch's and ours, on one GPU and on all, one run at a time
+    local runs=runs/to_loss devices count backend
+    for devices in 0 "$(seq -s, 0 $((gpus - 1)))"; do
+        count=$(tr -cd , <<< "$devices" | wc -c)
+        for backend in eager sdpa auto; do
+            train "${backend/auto/ours}-$((count + 1))gpu" gpt2-124m "$devices" "attention.backend=$backend" train.micro_batch_size=32 eval.every=10 eval.sequences=256
+        done
+        [ "$gpus" -gt 1 ] || break
+    done
+    python3 scripts/compare_runs.py "$runs"/* --target 3.0 --json docs/results/to_loss.json --png docs/results/to_loss.png
 }
 
 modes() { # what the modes cost in speed and memory: 12 steps of 32 sequences each; and the classic recipe

@@ -48,6 +48,7 @@ class Trainer:
     step: (micro batches of one optimizer step, its number from 0) -> what gives the mean loss in nats when it is called, and waits until then.
     parameters: of its model, all ranks' shards together.
     gathered: what is gathered from the other ranks, and when.
+    volume: elements of a micro batch's gathers, of a step's beside them, and of a micro batch's sums, as ``theory_gb`` takes them.
     made_of: attention, compilation and whatever else sets it apart.
     close: lets go of the GPU's memory.
     """
@@ -55,6 +56,7 @@ class Trainer:
     step: Callable[[list[Batch], int], Callable[[], float]]
     parameters: int
     gathered: str
+    volume: tuple[int, int, int]
     made_of: str
     close: Callable[[], None]
 
@@ -72,6 +74,14 @@ def ours(config: Config) -> Trainer:
 
     return Trainer(step, *zero3_gathers(engine), f"train.py's engine and step, attention.backend={config.attention.backend}"
                    + ", blocks compiled" * config.train.compile, partial(let_go, engine))
+
+
+def ours_sharded(config: Config) -> Trainer:
+    """``ours`` with no parameter staying, and prefetch of a block: with more it would pass over blocks that are there, which then stay."""
+    with torch.device("meta"):
+        block = sum(p.numel() for p in GPT(config.model).blocks[0].parameters())
+    zero = config.zero.model_copy(update={"persistence_threshold": 0, "reuse_distance": 0, "prefetch_bucket_size": block})
+    return ours(config.model_copy(update={"zero": zero}))
 
 
 def zero3_stock(config: Config, *, deepcompile: bool = False) -> Trainer:
@@ -142,14 +152,16 @@ def stock_config(config: Config) -> dict:
     return {key: own[key] for key in same} | {"zero_optimization": {"stage": 3}}
 
 
-def zero3_gathers(engine: deepspeed.DeepSpeedEngine) -> tuple[int, str]:
-    """How many parameters there are, and what is gathered of them."""
+def zero3_gathers(engine: deepspeed.DeepSpeedEngine) -> tuple[int, str, tuple[int, int, int]]:
+    """How many parameters there are, what is gathered of them, and how much that is where nothing is used again soon enough to be kept."""
     parameters = list(engine.module.parameters())
     total, stays = sum(p.ds_numel for p in parameters), sum(p.ds_numel for p in parameters if p.ds_persist)
     reuse = engine.zero_max_reuse_distance()
     kept = f", but for what is used again within {reuse:,} parameters" * (reuse > 0)
+    # A parameter that modules share, as embedding and head do, is gathered for each of them.
+    uses = sum(p.ds_numel for module in engine.module.modules() for p in module._parameters.values() if p is not None and not p.ds_persist)
     return total, (f"{1 - stays / total:.1%} of the parameters before the forward and again before the backward pass of every micro batch{kept}; "
-                   f"{stays:,} of {total:,} stay gathered, and are gathered after every step")
+                   f"{stays:,} of {total:,} stay gathered, and are gathered after every step"), (2 * uses, stays, total)
 
 
 def huggingface_model(config: Config) -> nn.Module:
@@ -204,10 +216,12 @@ def fsdp2_compile(config: Config, *, reshard_after_forward: bool) -> Trainer:
         optimizer.zero_grad()
         return lambda: torch.stack(losses).mean().item()
 
+    total, blocks = sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.blocks.parameters())
     again = "and again before its backward pass" if reshard_after_forward else "and keeps it until its backward pass"
     return Trainer(
-        step, sum(p.numel() for p in model.parameters()),
+        step, total,
         f"every block before its forward pass {again}; embeddings, last norm and head once a micro batch",
+        (total + blocks * reshard_after_forward, 0, total),
         f"fully_shard of each block, {'blocks and loss compiled' if on_gpu else 'nothing compiled on a CPU'}, SDPA with cuDNN first",
         close=lambda: None)
 
@@ -249,6 +263,14 @@ def clip_shards(gradients: list[torch.Tensor], largest: float) -> None:
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
+def theory_gb(volume: tuple[int, int, int], config: Config, world: int) -> dict[str, float]:
+    """GB of a step's gathers and sums by ``Trainer.volume``: what a rank has of each gather, and what it gives to each sum; none on one rank."""
+    micro_gathers, step_gathers, sums = (0, 0, 0) if world == 1 else volume
+    micro_batches, width = config.train.gradient_accumulation_steps, DTYPES[config.train.precision].itemsize
+    return {"gathers": (micro_batches * micro_gathers + step_gathers) * width / 1e9,
+            "sums": micro_batches * sums * DTYPES[config.zero.reduce_dtype].itemsize / 1e9}
+
+
 def with_sdpa(config: Config) -> Config:
     """The configuration with PyTorch's attention, by its own choice of kernel."""
     return config.model_copy(update={"attention": config.attention.model_copy(update={"backend": "sdpa"})})
@@ -266,6 +288,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, number: int, config: Con
 
 CONTENDERS: dict[str, Callable[[Config], Trainer]] = {
     "ours": ours,
+    "ours_sharded": ours_sharded,
     "zero3_stock": zero3_stock,
     "zero3_deepcompile": zero3_deepcompile,
     "huggingface_zero3": huggingface_zero3,

@@ -119,10 +119,11 @@ def report(summary: dict) -> str:
     communication = "none" if summary["communication_hidden_share"] is None else (
         f"{summary['communication_ms']:.2f} ms a step, {share(summary['communication_hidden_share'])} of it while other kernels run")
     volume = "".join(f"; {name} {gb:.3f} GB" for name, gb in summary["communicated_gb"].items())
+    theory = "".join(f"; {name} in theory {gb:.3f} GB" for name, gb in summary.get("theory_gb", {}).items())
     lines = [
         f"wall-clock     {summary['wall_ms']:.2f} ms a step, profiled",
         f"device busy    {share(summary['device_busy_share'])}",
-        f"communication  {communication}{volume}",
+        f"communication  {communication}{volume}{theory}",
         f"host           {summary['host_working_ms']:.2f} ms a step at work, {summary['host_waiting_ms']:.2f} ms waiting for the GPU; "
         f"{summary['launches']:,.0f} kernels a step",
     ]

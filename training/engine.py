@@ -217,16 +217,16 @@ def build_engine(config: Config, *, end_of_text: int | None = None, load_univers
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
     """AdamW, or Muon with AdamW, with a learning rate of 0: train_step sets every step's, and DeepSpeed's own before it must change nothing."""
-    muon, fused = config.optimizer.name == "muon", torch.cuda.is_available()
+    muon = config.optimizer.name == "muon"
     groups = [named | own for named, own in zip(parameter_groups(model, hidden_apart=muon), group_settings(config.optimizer), strict=True)]
     if config.zero.offload_optimizer == "cpu":
         load_op("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, lr=0.0, fp32_optimizer_states=not config.train.bf16_states)
     if not muon:
-        return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     matrices = [Matrix(layer.out_features, layer.in_features, layer.parts) for layer in hidden_layers(model)]
-    return MuonWithAdamW(groups, matrices, dtype=dtype, fused=fused)
+    return MuonWithAdamW(groups, matrices, dtype=dtype, fused=torch.cuda.is_available())
 
 
 def group_settings(settings: OptimizerSection) -> list[dict]:
@@ -241,12 +241,14 @@ def set_hyperparameters(engine: deepspeed.DeepSpeedEngine, config: Config) -> No
     settings = config.optimizer
     for group, own in zip(engine.optimizer.param_groups, group_settings(settings), strict=True):
         group |= own
+        if "fused" in engine.basic_optimizer.defaults:  # which one of an earlier version, saved on a CPU, was not
+            group["fused"] = engine.basic_optimizer.defaults["fused"]
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = settings.grad_clip
 
 
 class Late:
-    """A number on its way from the GPU; to read it, by ``float()``, waits for what was asked of the GPU before it, and for nothing after."""
+    """A number on its way from the GPU; to read it, by ``float()`` or ``bool()``, waits for what was asked of the GPU before it, and for nothing after."""
 
     def __init__(self, number: torch.Tensor):
         self.here = number.detach().to("cpu", non_blocking=True)
@@ -254,20 +256,20 @@ class Late:
         if self.arrived:
             self.arrived.record()
 
-    def is_here(self) -> bool:
-        return self.arrived is None or self.arrived.query()
-
     def __float__(self) -> float:
         if self.arrived:
             self.arrived.synchronize()
         return float(self.here)
+
+    def __bool__(self) -> bool:
+        return float(self) != 0
 
 
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step: mean loss in nats per target token of the global batch, gradient norm before clipping, learning rate.
 
-    To read the norm, by ``float()``, right after the step waits for the GPU to end it, which all else here does not.
+    To read the norm or ``applied``, by ``float()`` and ``bool()``, right after the step waits for the GPU to end it, which all else here does not.
 
     ``applied`` is false where the loss or a gradient was not finite on some rank: then no rank has changed a parameter or a state.
     ``loss_scale`` is what it was taken with, in fp16; ``overflow`` is true where gradients alone were not finite and the scale fell.
@@ -277,14 +279,10 @@ class StepResult:
     loss: float | Late
     grad_norm: float | Late
     lr: float
-    applied: bool
+    applied: bool | Late
     loss_scale: float | None = None
     overflow: bool = False
     stopping: float | Late = 0.0
-
-    def is_here(self) -> bool:
-        """Whether nothing of it has to be waited for."""
-        return all(each.is_here() for each in vars(self).values() if isinstance(each, Late))
 
 
 def train_step(
@@ -331,7 +329,7 @@ def train_step(
     return replace(result, loss_scale=before, overflow=falls)
 
 
-def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float | Late, bool]:
+def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float | Late, bool | Late]:
     """The optimizer step after the last micro batch: gradient norm before clipping, and whether the step was applied."""
     engine.step()
     applied = engine.was_step_applied()
@@ -339,7 +337,9 @@ def _take_step(engine: deepspeed.DeepSpeedEngine) -> tuple[float | Late, bool]:
         # DeepSpeed 0.19.8 keeps these sums, which are no numbers, and would add every later gradient to them.
         engine.optimizer.averaged_gradients = dict.fromkeys(engine.optimizer.averaged_gradients)
     norm = engine.get_global_grad_norm()
-    return Late(norm) if torch.is_tensor(norm) else norm, applied
+    if not torch.is_tensor(norm):
+        return norm, applied
+    return Late(norm), applied and Late(norm.isfinite())  # it may be the GPU alone that knows
 
 
 def _take_plain_step(engine: deepspeed.DeepSpeedEngine, grad_clip: float) -> tuple[float, bool]:

@@ -58,7 +58,7 @@ class Meter:
         return {name: each * tokens_per_second_per_gpu / self.peak_flops if self.peak_flops else None for name, each in flops.items()}
 
     def row(self, step: int, result: StepResult, *, step_seconds: float, data_seconds: float) -> dict:
-        """One optimizer step but for its loss and norm, ``step`` counted from 1; seconds are wall-clock of that step, without evaluation."""
+        """One optimizer step but for its loss and norm, ``step`` counted from 1; seconds are of that step, without evaluation, as the GPU took it."""
         tokens_per_second = self.tokens_per_step / step_seconds
         per_gpu = tokens_per_second / self.world
         return {
@@ -75,6 +75,23 @@ class Meter:
             **self.utilisation(per_gpu),
             "peak_memory_bytes": peak_memory_bytes(),
         }
+
+
+def mark() -> torch.cuda.Event | float:
+    """Now, in the GPU's order of things; on a CPU the clock."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(begin: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """From one ``mark`` to another, for which the host waits."""
+    if isinstance(end, float):
+        return end - begin
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
 
 
 def peak_memory_bytes() -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import nn
@@ -44,6 +45,8 @@ def _shorten(engine: deepspeed.DeepSpeedEngine, on_gpu_only: bool) -> None:
         release = zero._partition_all_parameters
     if staying:
         stay_gathered(engine, staying)
+    if zero.dtype != torch.float16 and isinstance(zero.optimizer, torch.optim.AdamW):
+        step_without_waiting(zero)
     gather_after_writing(zero)
     release_late(zero, release)
 
@@ -211,6 +214,32 @@ def take_flat_gradients(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
         flat.grad = gradients[group].to(flat.dtype)
 
     _replace(zero, _get_norm_groups=norms_of_groups, _prepare_fp32_grad_for_sub_group=hand_to_optimizer)
+
+
+def step_without_waiting(zero: DeepSpeedZeroOptimizer_Stage3) -> None:
+    """The host does not ask for the norm: where it is not finite, torch's fused AdamW itself changes neither parameter nor state.
+
+    In the place of a step that waits for the GPU to end the backward pass before it asks for the update. The kernel of the update also clips,
+    in place of one more over the gradients. Not for fp16, whose loss scale is settled on the host, and not for Muon.
+    """
+    optimizer = zero.optimizer
+
+    @torch.no_grad()
+    def step(closure: None = None) -> None:
+        zero._pre_step()
+        zero.overflow = False  # which would say so to the host
+        norm = zero._global_grad_norm = combine_grad_norm_groups(zero._get_norm_groups())  # infinite where a group's is not finite
+        optimizer.found_inf = norm.isinf().float()
+        optimizer.grad_scale = ((norm + 1e-6) / zero.clip_grad).clamp(min=1.0).float() if zero.clip_grad > 0 else None
+        zero.zero_grad(set_to_none=True)
+        for group in range(len(zero.fp16_groups)):
+            zero._prepare_fp32_grad_for_sub_group(group)
+            zero._optimizer_step(group)
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+            zero.fp32_partitioned_groups_flat[group].grad = None
+        zero._post_step(set())
+
+    _replace(zero, step=step)
 
 
 def keep_views(zero: DeepSpeedZeroOptimizer_Stage3) -> None:

@@ -11,7 +11,7 @@ import torch
 from model.gpt import GPT
 from scripts import benchmark_training as benchmark
 from scripts.training_profile import PROFILED, common, length, report, summarise, union
-from scripts.training_peers import CONTENDERS, Refused, cross_entropy, huggingface_model, set_learning_rate
+from scripts.training_peers import CONTENDERS, Refused, cross_entropy, huggingface_model, set_learning_rate, theory_gb
 from training.engine import build_optimizer
 from training.metering import Meter
 
@@ -64,11 +64,11 @@ def plain_losses(case: str, steps: int, monkeypatch) -> list[float]:
 
 def test_contenders_train_the_same_model_on_the_same_batch(tmp_path, tiny, capsys, monkeypatch):
     """Two processes each: from the same weights and tokens, with every micro batch, they come to the loss of plain PyTorch."""
-    asked = ["--configs", tiny, "--gpus", 2, "--contenders", "ours", "fsdp2_compile", "--profile", "fsdp2_compile"]
+    asked = ["--configs", tiny, "--gpus", 2, "--contenders", "ours", "ours_sharded", "fsdp2_compile", "--profile", "fsdp2_compile"]
     code, result = run(tmp_path, *asked)
     rows = {row["contender"]: row for row in result["rows"]}
     losses = plain_losses(str(tiny), 5, monkeypatch)
-    assert code == 0 and list(rows) == ["ours", "fsdp2_compile"] and losses[4] < losses[0] - 0.3
+    assert code == 0 and list(rows) == ["ours", "ours_sharded", "fsdp2_compile"] and losses[4] < losses[0] - 0.3
     for row in rows.values():
         assert {trial["micro_batch"] for trial in row["trials"]} >= {4, 2}
         for trial in row["trials"]:
@@ -76,6 +76,10 @@ def test_contenders_train_the_same_model_on_the_same_batch(tmp_path, tiny, capsy
             assert len(trial["all_step_ms"]) == 3 and trial["reduce_dtype"] == "fp32" and trial["parameters"] == rows["ours"]["parameters"]
             assert [trial["first_loss"], trial["last_loss"]] == pytest.approx([losses[0], losses[4]], abs=1e-4)
         assert row["tokens_per_second_per_gpu"] == max(trial["tokens_per_second_per_gpu"] for trial in row["trials"])
+    assert rows["ours"]["gathered"].startswith("0.0%") and rows["ours_sharded"]["gathered"].startswith("100.0%")
+    for row in rows.values():
+        assert row["theory_gb"]["sums"] == pytest.approx(4e-9 * row["parameters"] * row["accumulation"])
+    assert rows["fsdp2_compile"]["profile"]["theory_gb"] == rows["fsdp2_compile"]["theory_gb"]
     assert "nothing compiled on a CPU" in rows["fsdp2_compile"]["made_of"] and "again" in rows["fsdp2_compile"]["gathered"]
     ratio = result["summary"][str(tiny)]["fsdp2_compile"]
     assert ratio == rows["ours"]["tokens_per_second_per_gpu"] / rows["fsdp2_compile"]["tokens_per_second_per_gpu"]
@@ -120,6 +124,31 @@ def test_a_micro_batch_out_of_memory_does_not_end_the_search(tmp_path, tiny, mon
         held = [int(number) for number in re.findall(r"^held (\d+)$", log.read_text(), re.MULTILINE)]
         assert max(held) < held[0] + 1000, "a micro batch's tensors are gone before the next"
     assert [row["first_loss"], row["last_loss"]] == pytest.approx(plain_losses(case, 2, monkeypatch), abs=1e-4)
+
+
+@pytest.mark.parametrize("crashes, launches, found", [({8}, 2, [4, 2]), ({8, 4}, 2, []), ({8, 2}, 2, [4]), ({4}, 2, [8, 2])])
+def test_a_micro_batch_that_crashes_is_passed_over_and_two_in_a_row_end_the_search(tmp_path, monkeypatch, crashes, launches, found):
+    launched = []
+
+    def launch(asked: dict, folder: Path, name: str) -> str | None:
+        file = Path(asked["trials"])
+        trials = json.loads(file.read_text())["trials"]
+        launched.append(name)
+        for micro_batch in asked["candidates"][len(trials) :]:
+            trials.append({"micro_batch": micro_batch} | ({} if micro_batch in crashes else {"step_ms": 1.0, "tokens_per_second_per_gpu": 1.0 / micro_batch}))
+            file.write_text(json.dumps({"trials": trials, "complete": False}))
+            if micro_batch in crashes:
+                return "RuntimeError: CUDA error: an illegal memory access was encountered"
+        file.write_text(json.dumps({"trials": trials, "complete": True}))
+        return None
+
+    monkeypatch.setattr(benchmark, "launch", launch)
+    asked = {"case": "a", "contender": "ours", "candidates": [8, 4, 2], "profile": None}
+    trials, reason = benchmark.launch_until_done(asked, tmp_path)
+    assert len(launched) == launches and [trial["micro_batch"] for trial in trials if "step_ms" in trial] == found
+    row = benchmark.best_row(trials, reason)
+    assert row["failed"] and "illegal memory access" in row["search_broke_off" if found else "left_out"]
+    assert row.get("micro_batch") == (min(found) if found else None)
 
 
 def test_hugging_face_with_our_attention_is_held_against_hugging_face_with_sdpa():
@@ -195,6 +224,13 @@ def test_speed_by_hand():
     assert told["hfu"] == pytest.approx(524_288 * (855_383_040 + 2 * blocks + 113_246_208 // 3) / 989e12)
 
 
+def test_communication_in_theory_by_hand():
+    """Two micro batches of a model of 1e9 elements, 0.2e9 of which stay: 2 bytes for each gather, 4 for each sum."""
+    config = benchmark.case_config("gpt2-124m,train.global_batch_size=8", 2, 2)
+    assert theory_gb((2 * 800_000_000, 200_000_000, 10**9), config, world=2) == pytest.approx({"gathers": 2 * 3.2 + 0.4, "sums": 8.0})
+    assert theory_gb((2 * 800_000_000, 200_000_000, 10**9), config, world=1) == {"gathers": 0.0, "sums": 0.0}
+
+
 def test_speed_without_a_known_peak_is_no_mfu():
     told = benchmark.speed([100.0], Meter(benchmark.case_config("gpt2-124m", 1), 1, device_name="CPU"), ceiling=1.0)
     assert told["mfu"] is told["mfu_causal"] is told["hfu"] is None and told["tokens_per_second_per_gpu"] == 10 * 128 * 1024
@@ -236,7 +272,7 @@ def test_what_cannot_be_compared_is_refused(tiny, capsys, override, message):
     ("ours,model.layers=3", "model must be the same for all; change it in --configs"),
     ("ours,train.activation_checkpointing=full", "train.activation_checkpointing must be the same for all"),
     ("ours,zero.reduce_dtype=bf16", "zero.reduce_dtype must be the same"), ("ours,zero.stage=2", "zero.stage is 2"),
-    ("ours,zero.reuse=0", "unknown key"), ("theirs", "there is no such contender; there are ours, zero3_stock")])
+    ("ours,zero.reuse=0", "unknown key"), ("theirs", "there is no such contender; there are ours, ours_sharded")])
 def test_a_contenders_own_settings_leave_the_task_as_it_is(tiny, capsys, contender, message):
     case = f"{tiny},train.precision=bf16"
     asked = ["--configs", case, "--gpus", "2", "--device", "cpu", "--contenders"]

@@ -71,3 +71,16 @@ def test_the_runs_of_other_parts_are_configurations_that_load(tmp_path, part, ru
         names.add(load_config(ROOT / file, [each for each in overrides if each != "attention.backend=hopper"])[0].run.name)
     assert len(names) == runs and len(commands) == runs + len(results)
     assert all(f"docs/results/{result}.json" in words for result, words in zip(results, commands[runs:]))
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_time_to_a_loss_is_taken_of_runs_that_differ_in_attention_alone(tmp_path, gpus):
+    *trained, compared = (line.split() for line in reproduce(tmp_path, "to_loss", gpus=gpus))
+    seen = set()
+    for words in trained:
+        processes, (file, *overrides) = words[words.index("--include") + 1].count(",") + 1, words[words.index("--config") + 1 :]
+        config, _ = load_config(ROOT / file, overrides, world_size=processes)
+        seen.add((config.run.name, processes))
+        assert config.train.micro_batch_size == 32 and config.eval.every == 10
+    assert seen == {(f"{name}-{count}gpu", count) for name in ("eager", "sdpa", "ours") for count in {1, gpus}} and len(trained) == len(seen)
+    assert compared[compared.index("--target") + 1] == "3.0" and "docs/results/to_loss.json" in compared

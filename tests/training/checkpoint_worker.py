@@ -226,7 +226,7 @@ def not_finite(out: Path) -> dict:
         for step, kind in ((1, "loss"), (2, "gradient")):
             poison = kind if dist.get_rank() == dist.get_world_size() - 1 else None
             result = train_step(engine, micro_batches(config, step), step, config, state.loss_scale)
-            results.append((repr(float(result.loss)), repr(float(result.grad_norm)), result.applied, result.overflow))
+            results.append((repr(float(result.loss)), repr(float(result.grad_norm)), bool(result.applied), result.overflow))
             scales += [state.loss_scale.scale] if state.loss_scale else []
         skipped = train(engine, config, 1, 3, state)
         engine.destroy()

@@ -40,9 +40,9 @@ def test_overflow_counts_as_skipped_and_not_as_skipped_in_a_row():
 
 
 def test_a_step_holds_numbers_that_are_read_when_they_are_asked_for():
-    scalar = torch.tensor(2.5, dtype=torch.float64)
-    late = Late(scalar * 2)
-    result = StepResult(loss=late, grad_norm=1, lr=0.1, applied=True)
-    assert result.is_here() and float(result.loss) == 5.0 and float(result.grad_norm) == 1.0 and float(result.stopping) == 0.0
-    late.arrived = type("Event", (), {"query": lambda self: False, "synchronize": lambda self: None})()
-    assert not result.is_here() and float(dataclasses.replace(result, lr=0.2).loss) == 5.0
+    scalar, waited = torch.tensor(2.5, dtype=torch.float64), []
+    late, no = Late(scalar * 2), Late(scalar > 3)
+    result = StepResult(loss=late, grad_norm=1, lr=0.1, applied=no)
+    assert float(result.loss) == 5.0 and not result.applied and float(result.grad_norm) == 1.0 and float(result.stopping) == 0.0
+    late.arrived = type("Event", (), {"synchronize": lambda self: waited.append(1)})()
+    assert float(dataclasses.replace(result, lr=0.2).loss) == 5.0 and waited

@@ -70,6 +70,12 @@ def test_parameters_that_stay_are_gathered_again_when_something_has_let_go_of_th
     assert found["hooks"] == 1, "nothing is done around modules but at the model's call"
 
 
+def test_a_step_asks_the_gpu_for_nothing(seen):
+    """The norm is a number that Python has when it is read, and whether the step was taken the GPU alone knows."""
+    for asked in seen["asked_in_a_step"]:
+        assert asked["within"] == 0 and asked["after"] == asked["read"] > 0
+
+
 def test_bf16_agrees_over_the_stages_and_with_fp32(seen):
     for stage in "12":
         assert_same_training(seen["bf16"][stage], seen["bf16"]["3"])

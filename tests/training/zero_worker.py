@@ -21,6 +21,7 @@ import torch._dynamo  # before zero.Init replaces what it looks at
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import compilation
 from model.gpt import GPT, IGNORED_LABEL, hidden_layers, parameter_groups
@@ -30,7 +31,7 @@ from training.checkpoints import LoopState
 from training.config import Config, load_config
 from training.corpus import Corpus, write_corpus
 from training.distributed import UserFault, agree, end_process, join_process_group, together
-from training.engine import build_engine, deepspeed_config, train_step, unread_keys
+from training.engine import build_engine, deepspeed_config, set_hyperparameters, train_step, unread_keys
 from training.evaluation import evaluate, sample_text
 from training.loss_scale import LossScale
 from training.schedule import learning_rate
@@ -319,6 +320,32 @@ def sums_put_off() -> dict:
     return {"losses": [float(r.loss) for r in results], "grad_norms": [float(r.grad_norm) for r in results], "sums": sums}
 
 
+class Asked(TorchDispatchMode):
+    """Counts what a GPU's host would have to wait for: numbers of tensors that Python asks for."""
+
+    times = 0
+
+    def __torch_dispatch__(self, operation, types, arguments=(), named=None):
+        self.times += operation in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default, torch.ops.aten.nonzero.default)
+        return operation(*arguments, **named or {})
+
+
+def asked_in_a_step(*settings: str) -> dict:
+    config = configure(*settings)
+    engine, asked = build_engine(config), Asked()
+    for group in engine.optimizer.param_groups:
+        group["fused"] = None  # as a loaded checkpoint of an earlier version has it
+    set_hyperparameters(engine, config)
+    train_step(engine, micro_batches(config, 0), 0, config)  # in which the ranks compare the order of their gathers
+    with asked:
+        results = [train_step(engine, micro_batches(config, step), step, config) for step in range(1, STEPS)]
+    engine.destroy()
+    within = asked.times
+    with asked:
+        read = [float(result.grad_norm) for result in results]
+    return {"within": within, "after": asked.times - within, "read": len(read)}
+
+
 def muon() -> dict:
     """Every stage in fp32, its matrices after the last step too, against torch's Muon and AdamW on one process; and in bf16."""
     settings, expected = ["optimizer.name=muon", "optimizer.muon_lr=0.2", "optimizer.grad_clip=0.5", *LLAMA], {}
@@ -372,7 +399,7 @@ def loss_scale_search() -> dict:
         results.append(train_step(engine, micro_batches(config, 0), 0, config, state.loss_scale))
         state.count(results[-1])
     engine.destroy()
-    return {"steps": [(float(r.loss), r.loss_scale, r.applied, r.overflow) for r in results], "state": dataclasses.asdict(state)}
+    return {"steps": [(float(r.loss), r.loss_scale, bool(r.applied), r.overflow) for r in results], "state": dataclasses.asdict(state)}
 
 
 def initial_weights() -> dict:
@@ -519,6 +546,7 @@ def main() -> None:
         "without_a_part_plainly": without_a_part_plainly(),
         "let_go_of_between_steps": let_go_of_between_steps(),
         "sums_put_off": sums_put_off(),
+        "asked_in_a_step": [asked_in_a_step(), asked_in_a_step("train.precision=bf16", "zero.persistence_threshold=0", "train.gradient_accumulation_steps=2")],
         "muon": muon(),
         "compiled": compiled(),
         "bf16_gradient_error": {f"{stage} {offload}": bf16_gradient_error(stage, *OFFLOAD[offload]) for stage in (1, 2, 3) for offload in ("none", "optimizer")},
