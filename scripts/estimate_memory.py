@@ -10,8 +10,8 @@ docs/memory.md derives the numbers.
 --measure trains each row of ``ROWS`` for this many processes, three steps on random tokens by train.py's engine, and writes the peak of
 ``torch.cuda.max_memory_allocated`` beside the prediction, after every row. --part 1/2 takes every second row, so that two processes share
 the work of one on two GPUs. Rows that --limit leaves no time for are left out. The same command again keeps what --out has measured, and goes
-on behind it: remove the file to begin anew. Weights are of one size, since memory does not depend on
-them. Where DeepSpeed's CPU Adam is not compiled yet, torch's steps the host's states: neither holds memory of the GPU.
+on behind it: remove the file to begin anew. Exit status 1 when a row failed otherwise than by its memory. Weights are of one size, since memory
+does not depend on them. Where DeepSpeed's CPU Adam is not compiled yet, torch's steps the host's states: neither holds memory of the GPU.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ from training.config import Config, ConfigError, load_config  # noqa: E402
 from training.distributed import Ranks, UserFault, one_clear_message  # noqa: E402
 from training.files import write_atomically  # noqa: E402
 from training.flops import compute_capability, known_gpus  # noqa: E402
-from training.memory import GIB, Estimate, Moment, estimate, summary  # noqa: E402
+from training.memory import GIB, Estimate, Moment, estimate, is_out_of_memory, summary  # noqa: E402
 
 STEPS = 3  # the optimizer's states are there from the second on; stage 3 keeps parameters gathered from the third on
 NO_CHECKPOINTING = "train.activation_checkpointing=none"
@@ -189,7 +190,7 @@ def table(rows: list[dict]) -> str:
 # --- the measurement --------------------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace) -> int:
+def measure(options: argparse.Namespace) -> NoReturn:
     from training.distributed import end_process, from_first_rank, gather, join_process_group
     from training.tracking import collect_environment, to_json
 
@@ -222,8 +223,7 @@ def measure(options: argparse.Namespace) -> int:
             write_atomically(options.out, to_json(result))
     if first:
         print(f"\n{table(result['rows'])}\n\nwritten to {options.out} after {time.perf_counter() - started:.0f} s")
-    end_process()
-    return 0
+    end_process(int(any("failed" in row for row in result["rows"])))
 
 
 def measured_before(file: Path, **same: object) -> dict | None:
@@ -267,19 +267,18 @@ def measured_row(name: str, micro: int, settings: list[str], world: int) -> dict
         "parts": predicted.peak.parts,
         "predicted_host_bytes": sum(predicted.host.values()),
     }
-    fault, seen = None, {}
+    fault, failed, seen = None, False, {}
     try:
         seen = train(config)
     except Exception as error:  # whatever it is, the rows after it can still be had
         fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        failed = not (isinstance(error, RuntimeError) and is_out_of_memory(error))
     let_go_of_all()
-    of_ranks = gather((fault, seen))
-    if faults := [each for each, _ in of_ranks if each]:
-        row["left_out"] = faults[0]
-    elif not torch.cuda.is_available():
-        row["left_out"] = "trained, but there is no GPU whose memory could be measured"
+    faults, failures, seen_by = zip(*gather((fault, failed, seen)), strict=True)
+    if any(faults):
+        row |= {"left_out": next(filter(None, faults))} | ({"failed": True} if any(failures) else {})
     else:
-        row |= max((each for _, each in of_ranks), key=lambda each: each["measured_bytes"])
+        row |= max(seen_by, key=lambda each: each["measured_bytes"])
     return row | {"seconds": round(time.perf_counter() - began, 2)}
 
 

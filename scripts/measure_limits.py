@@ -12,7 +12,8 @@ Every attempt is training by train.py's engine on random tokens, blocks as writt
 limits are searched in steps of 5% from where the prediction (training/memory.py) puts them, which stands beside them. A step that would take
 longer than --longest by the model's FLOPs is not tried: then what is found is what fits into that time, and is called so. All parts, the
 default, take some 15 minutes of an H200, each of them less than 6. The JSON is written after every row; the same command again keeps what it
-has, and goes on behind it: remove the file to begin anew. The second form tells and draws that of several parts.
+has, and goes on behind it: remove the file to begin anew. Exit status 1 when a row failed otherwise than by its memory. The second form tells
+and draws that of several parts.
 """
 
 import argparse
@@ -91,7 +92,7 @@ def measure(options: argparse.Namespace) -> int:
         of_part = {"speed": speed, "batch": batch, "sequence": sequence, "offload": offload}[part]
         of_part(options, lambda row, part=part: note(part, row), partial(known, part))
     print(f"\n{report(result)}\nwritten to {options.out}")
-    return 0
+    return int(any("fault" in row for part in options.parts for row in result[part]))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -92,27 +92,29 @@ def test_the_table_has_prediction_measurement_and_what_was_left_out(tmp_path, ca
 
 def test_a_start_that_goes_on_measures_what_is_missing(monkeypatch, tmp_path, capsys):
     """Of two processes, on a stand-in for a GPU; one row fails at first."""
-    out, tried, fails = tmp_path / "rows.json", [], [True]
+    out, tried, fails, codes = tmp_path / "rows.json", [], [True], []
     rows = (("gpt2-124m", 1), ("gpt2-124m", 2, "zero.stage=2"), ("gpt2-124m", 4))
 
     def measured_row(name, micro, settings, world):
         tried.append(micro)
         row = {"config": name, "micro_batch": micro, "settings": settings, "gpus": world, "seconds": 1.0, "predicted_bytes": GIB, "moment": "loss"}
-        return row | ({"left_out": "it failed"} if micro == 2 and fails[0] else {"measured_bytes": GIB})
+        return row | ({"left_out": "it failed", "failed": True} if micro == 2 and fails[0] else {"measured_bytes": GIB})
 
     monkeypatch.setattr(estimate_memory, "ROWS", {2: rows})
     monkeypatch.setattr(estimate_memory, "measured_row", measured_row)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A GPU")
-    for name, stand_in in (("join_process_group", lambda: None), ("gather", lambda x: [x, x]), ("from_first_rank", lambda work: work()), ("end_process", lambda: None)):
+    for name, stand_in in (("join_process_group", lambda: None), ("gather", lambda x: [x, x]), ("from_first_rank", lambda work: work()), ("end_process", codes.append)):
         monkeypatch.setattr(f"training.distributed.{name}", stand_in)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("training.tracking.collect_environment", lambda: {"git_sha": "a", "gpu_name": "A GPU"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     command = ["--measure", "--out", str(out)]
-    assert estimate_memory.main(command) == 0 and tried == [1, 2, 4]
+    estimate_memory.main(command)
+    assert tried == [1, 2, 4]
     fails[0] = False
-    assert estimate_memory.main(command) == 0 and tried == [1, 2, 4, 2]
+    estimate_memory.main(command)
+    assert tried == [1, 2, 4, 2] and codes == [1, 0]
     assert [row["micro_batch"] for row in json.loads(out.read_text())["rows"]] == [1, 4, 2]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another")
     monkeypatch.setattr("training.distributed._exit_at_once", sys.exit)

@@ -88,7 +88,7 @@ def test_what_failed_is_noted_and_tried_again_by_a_start_that_goes_on_behind_the
         return train(config, **options)
 
     monkeypatch.setattr(measure_limits, "train", broken)
-    assert measure_limits.main(["--out", str(out), *asked]) == 0
+    assert measure_limits.main(["--out", str(out), *asked]) == 1
     told = capsys.readouterr().out
     assert "speed at 512: eager failed: TypeError: of this kernel, sdpa " in told and "batch: eager failed: TypeError: of this kernel" in told
     first = json.loads(out.read_text())
