@@ -277,6 +277,8 @@ def measured_row(name: str, micro: int, settings: list[str], world: int) -> dict
     faults, failures, seen_by = zip(*gather((fault, failed, seen)), strict=True)
     if any(faults):
         row |= {"left_out": next(filter(None, faults))} | ({"failed": True} if any(failures) else {})
+    elif not torch.cuda.is_available():
+        row["left_out"] = "trained, but there is no GPU whose memory could be measured"
     else:
         row |= max(seen_by, key=lambda each: each["measured_bytes"])
     return row | {"seconds": round(time.perf_counter() - began, 2)}
