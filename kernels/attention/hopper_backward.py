@@ -1,16 +1,16 @@
 """FlashAttention backward for Hopper (sm_90a) in Gluon: `recipe::hopper_attention_backward`. `reference.tiled` is its specification.
 
 A program stays on its multiprocessor and takes work items: dK and dV of 128 keys of one key head, over all query heads that share it. One warp
-loads, two warpgroups of 4 warps compute, 64 keys each. A step is one tile of queries (64 at head_dim 128, 128 at 64). Five products a step, S and
-dP transposed, so that P and dS are left operands as they stand; dQ needs the keys of both warpgroups, and of all programs: it is summed up in
-float32 in global memory by TMA.
+loads, two warpgroups of 4 warps compute, 64 keys each, and a warp for each of these takes its results to global memory. A step is one tile of
+queries (64 at head_dim 128, 128 at 64). Five products a step, S and dP transposed, so that P and dS are left operands as they stand; dQ needs the
+keys of both warpgroups, and of all programs: it is summed up in float32 in global memory by TMA.
 
       load, one warp                    shared memory                          compute, each warpgroup
 
     claim a work item, when the last tile of the one before is requested
     for each tile of queries i:
       wait free[slot]
-      the first: the item  ------->  work[2]           -- work_full ------>  take the item
+      the first: the item  ------->  work[4]           -- work_full ------>  take the item
       TMA: Q, log-sum-exp  ------->  q[2], lse[2]      -- q_full[slot] --->    S = K Q^T             on the matrix units: S
       TMA: dO, delta  ------------>  dout[2], delta[2]  -- dout_full --->      dP = V dO^T                                dP
       the first: wait K_FREE                                                   P = exp2(S - lse)     under dP
@@ -20,17 +20,27 @@ float32 in global memory by TMA.
                                      ds[2]  -- ds_ready[other] ---------->     dQ of i - 1           (all 128 keys)       dQ
                                      ds[2]  <------------------------------    dS of 64 keys, half a slot
                                                                                dK += dS Q                                 dK
-                                     dq[warpgroup]  <----------------------    dQ of i - 1: TMA adds it to global memory  under dK
+                                                       -- dq_free -------->    wait dq_free
+                                     dq[warpgroup]  <----------------------    dQ of i - 1           under dK
                                                                                (first tile: arrive at K_FREE)
-                                                                               arrive at free[slot]
-                                     dq[warpgroup]  <----------------------  dK and dV, which TMA stores under the next item
+                                                                               arrive at dq_full, at free[slot]
+                                     dq[warpgroup]  <----------------------  dK and dV, likewise
+
+      add, one warp for each warpgroup
+
+    for each tile of queries i:
+      whether this warp is the first to touch the tile of dQ
+      wait dq_full                   dq[warpgroup]
+      TMA: stores dQ, if so, or else adds it, to global memory
+      when that has been read: arrive at dq_free
+    TMA: stores dV and dK
 
 Steps count on across items, and so does the pipeline: dQ of an item's last tile is computed in the first step of the next item, for which K of
 both lies in shared memory. V of the next item is loaded when both warpgroups have their last dP, or has a place of its own at head_dim 64.
 
-The full barriers are mbarriers: use n of a slot completes its phase (n // slots) % 2; both sides count, steps for q_full and dout_full, items for
-work_full. K's bytes count on q_full and V's on dout_full of the item's first tile. The others are the hardware's named barriers, which need no
-phase as long as nobody arrives for one use before all have synchronised for the use before:
+The full barriers of loads, and dq_free, are mbarriers: use n of a slot completes its phase (n // slots) % 2; both sides count, steps for q_full and
+dout_full, items for work_full, for dq_free steps and what dK and dV take. The others are the hardware's named barriers, which need no phase as long
+as nobody arrives for one use before all have synchronised for the use before:
 
     free[slot], K_FREE, V_FREE: both warpgroups arrive, once a step or once an item; the loading warp synchronises before it fills a place again, and
       what it then fills is what they need to arrive again. It waits in the order in which they arrive. K_FREE of item n, in its first step, says that
@@ -38,21 +48,27 @@ phase as long as nobody arrives for one use before all have synchronised for the
     ds_ready, two a warpgroup, for even and odd steps: it arrives when it has stored its dS of i and has its dQ of i - 1; the other synchronises in
       step i + 1 before it issues its dQ of i and stores its own dS. It arrives for i + 2 after the other's dS of i + 1, and so after the other
       synchronised for i.
+    dq_full: the warpgroup arrives, its adding warp synchronises; it arrives again after dq_free.
     START: the first warpgroup arrives when it has the first dP of an item, and the second synchronises before it starts the item, so that one
-      computes while the other multiplies. An item's V, or at head_dim 64 its K, is loaded when the second has started the item before. In causal
-      attention at head_dim 128 nobody waits: the second passes tiles by and is ahead by itself.
+      computes while the other multiplies. An item's V, or at head_dim 64 its K, is loaded when the second has started the item before.
 
-An item is put into work[n % 2] when free[slot] says that both have done a step of item n - 2 or later, and so have taken that.
+An item is put into work[n % 4] when free[slot] says that both have done the step before last. A warpgroup does no step before its adding warp has
+read what it left two steps earlier, and that is of item n - 4 or a later one, which all have taken then.
 
 Two slots of dS suffice: a warpgroup stores dS of i when both have read that of i - 2, itself in step i - 1, the other before it arrived for i - 1.
 So the two may drift apart by almost a step, less the time of one dQ.
 
-A warpgroup waits at three barriers a step: for dS of the other; for TMA to have read the last dQ; and for all to have stored the next. The
-compiler adds none because the second stands where it wants one anyway, between the store of a dS and a product that may for all it knows read it.
-At head_dim 128 the product comes first, and the matrix units need not wait for the store; at 64, where its registers would be spilled, the store.
+A warpgroup waits at three barriers a step: for dS of the other, and at two of the compiler's, which for all it knows must part the store of a dS
+from the products that read another. At head_dim 128 dQ's product comes first, and the matrix units need not wait for the store; at 64, where its
+registers would be spilled, the store.
 
-dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128). It is kept in another
-order, in which a thread's numbers lie next to each other and no bank of shared memory is asked twice; `finish_kernel` brings it back.
+dQ is split by columns (head_dim 128: each warpgroup has 64 of them) or by queries (head_dim 64: each has 64 of the 128), into tiles of 64 by 64. A
+tile lies in global memory as the threads hold it, without gaps, so that its numbers go from registers to shared memory as they stand, 16 bytes a
+thread, and no bank is asked twice; `finish_kernel` brings back the order of rows and columns.
+
+Nothing sets these sums to 0. Each tile has a state: untouched, touched, or stored. The first to touch it stores its part, and says so when the part
+has arrived in global memory; the others wait for that, and add theirs. They ask a step ahead, and between its touch and its store a warp waits for
+nothing but dQ of its own program, so that nobody waits for long, nor for each other.
 
 Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own; so are those before
 the diagonal of the second warpgroup, at head_dim 128 the first of an item, in which it takes part in the rest with a dS of 0. Full attention
@@ -107,9 +123,11 @@ OWN_KEYS = gl.constexpr(64)  # of a warpgroup: the rows of one wgmma
 STAGES = gl.constexpr(2)  # tiles of queries in shared memory
 DS_SLOTS = gl.constexpr(2)
 K_SLOTS = gl.constexpr(2)
-ITEMS = gl.constexpr(2)  # work items in shared memory
+ITEMS = gl.constexpr(4)  # in shared memory
 ITEM_FIELDS = gl.constexpr(6)  # of each: what `Problem.place` returns, which takes divisions
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
+DQ_BOX = gl.constexpr([128, 32])  # as which TMA sees them
+UNTOUCHED, TOUCHED = gl.constexpr(0), gl.constexpr(1)  # states of such a tile; 2: stored
 STEPS_AROUND_AN_ITEM = 2  # what its start and end take
 MOST_PARTS = 8  # of an item: `finish_kernel` reads them one after the other
 ROWS_ADDED = gl.constexpr(16)  # of dK and dV, by one of its programs: few, so that many take part
@@ -120,7 +138,9 @@ DS_READY = gl.constexpr(FREE.value + STAGES.value)  # two a warpgroup
 K_FREE = gl.constexpr(DS_READY.value + 2 * WARPGROUPS.value)  # and one each
 V_FREE = gl.constexpr(K_FREE.value + 1)
 START = gl.constexpr(V_FREE.value + 1)
+DQ_FULL = gl.constexpr(START.value + 1)  # one a warpgroup
 LOADING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value + 32)  # threads that meet at `free`
+ADDING = gl.constexpr(WARPGROUP.value + 32)
 COMPUTING = gl.constexpr(WARPGROUPS.value * WARPGROUP.value)
 
 
@@ -176,7 +196,7 @@ class Problem:
     CAUSAL: gl.constexpr
     TAIL: gl.constexpr  # the last keys' tile is not full
     V_SLOTS: gl.constexpr  # as many as shared memory holds
-    STAGGERED: gl.constexpr  # the second warpgroup starts an item half a step after the first; or else is ahead by the tiles that it passes by
+    GRADIENTS_AT_ONCE: gl.constexpr  # dK and dV in dq's place
 
     @gluon.constexpr_function
     def __init__(self, batch, kv_heads, seq_q, seq_k, heads_at_once, whole, parts, GROUP, QUERIES, HEAD_DIM, CAUSAL, TAIL):
@@ -193,7 +213,7 @@ class Problem:
         self.CAUSAL = gl.constexpr(CAUSAL)
         self.TAIL = gl.constexpr(TAIL)
         self.V_SLOTS = gl.constexpr(128 // HEAD_DIM)
-        self.STAGGERED = gl.constexpr(not CAUSAL or QUERIES > OWN_KEYS)
+        self.GRADIENTS_AT_ONCE = gl.constexpr(128 // HEAD_DIM)
 
     @gluon.jit
     def all_tiles(self):
@@ -271,9 +291,10 @@ class Shared:
     work_full: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
     dout_full: gl.shared_memory_descriptor
+    dq_free: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, dout, lse, delta, k, v, ds, dq, work, work_full, q_full, dout_full):
+    def __init__(self, q, dout, lse, delta, k, v, ds, dq, work, work_full, q_full, dout_full, dq_free):
         self.q = q
         self.dout = dout
         self.lse = lse
@@ -286,6 +307,7 @@ class Shared:
         self.work_full = work_full
         self.q_full = q_full
         self.dout_full = dout_full
+        self.dq_free = dq_free
 
 
 @gluon.jit
@@ -383,18 +405,25 @@ def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot, k_slot):
 
 
 @gluon.jit
-def add_dq(INDEX: gl.constexpr, problem, shared, dq_desc, dq, head, first_query):
-    """Adds [64, 64] of dQ to global memory, rows and columns in the order of `finish_kernel`: a thread stores four neighbours at once, and eight
-    threads on as many banks."""
-    tile = shared.dq.index(INDEX)
-    # Rows: warp, half, three bits of the quad; columns: 16 at a time, half, thread of the quad, pair.
-    dq = dq.reshape([4, 2, 2, 2, 2, 4, 2, 4, 2]).permute([0, 1, 4, 2, 3, 5, 7, 6, 8]).reshape([DQ_TILE, DQ_TILE])
-    tile.reshape([DQ_TILE, DQ_TILE]).store(dq)
+def await_place(INDEX: gl.constexpr, shared, use):
+    """Until TMA has read what the warpgroup left in dq's place before, in its use - 1."""
+    mbarrier.wait(shared.dq_free.index(INDEX), (use & 1) ^ 1)
+
+
+@gluon.jit
+def hand_over(INDEX: gl.constexpr):
+    """What lies in dq's place, to the adding warp."""
     fence_async_shared()
-    if problem.HEAD_DIM == 64:
-        tma_reduce_add(dq_desc, [head, first_query + INDEX * DQ_TILE, 0], tile)
-    else:
-        tma_reduce_add(dq_desc, [head, first_query, INDEX * DQ_TILE], tile)
+    arrive(DQ_FULL + INDEX, ADDING)
+
+
+@gluon.jit
+def put_dq(INDEX: gl.constexpr, shared, dq):
+    """[64, 64] of dQ, in the order of `finish_kernel`: four of a thread's registers at a time."""
+    # Rows: warp, half, quad; columns: 8 at a time, thread of the quad, pair.
+    dq = dq.reshape([4, 2, 8, 8, 4, 2]).permute([3, 0, 2, 4, 1, 5])
+    shared.dq.index(INDEX).reshape(DQ_BOX).store(dq.reshape(DQ_BOX))
+    hand_over(INDEX)
 
 
 @gluon.constexpr_function
@@ -424,11 +453,11 @@ def hide(p_NM, first_query, INDEX: gl.constexpr, problem, item):
 
 @gluon.jit
 def add_tiles(
-    INDEX: gl.constexpr, MASKED: gl.constexpr, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, first, last,
-    dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
+    INDEX: gl.constexpr, MASKED: gl.constexpr, problem, item, shared, scale_log2, k_slot, started, end, step, first, last,
+    dk_ND, dv_ND, dq_k_slot, other_uses,
 ):  # fmt: skip
     """The tiles first .. last of one query head (FlashAttention-2, Algorithm 2, lines 8 to 16). The item has the steps started .. end;
-    (dq_head, dq_query, dq_k_slot): whose dQ is due."""
+    dq_k_slot: of K whose dQ is due."""
     QUERIES: gl.constexpr = problem.QUERIES
     HEAD_DIM: gl.constexpr = problem.HEAD_DIM
     dtype: gl.constexpr = shared.k.dtype
@@ -458,7 +487,7 @@ def add_tiles(
             p_NM = hide(p_NM, first_query, INDEX, problem, item)
         dv = warpgroup_mma(gl.convert_layout(p_NM.to(dtype), left), dout_MD, dv_ND, is_async=True)
         dp_NM = warpgroup_mma_wait(1, deps=(dp_NM,))
-        if INDEX == 0 and problem.STAGGERED:
+        if INDEX == 0:
             arrive_if_zero(step - started, START, COMPUTING)
         if problem.V_SLOTS == 1:
             arrive_if_zero(end - 1 - step, V_FREE, LOADING)
@@ -468,34 +497,31 @@ def add_tiles(
         own_ds = shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0)
         if DQ_FIRST:
             dq = issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot)
-            tma.store_wait(0)
             own_ds.store(ds_NM)
             fence_async_shared()
         else:
             own_ds.store(ds_NM)
             fence_async_shared()
-            tma.store_wait(0)
             dq = issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot)
         dk = warpgroup_mma(gl.convert_layout(ds_NM, left), q_MD, dk_ND, is_async=True)
         dq, dv_ND = warpgroup_mma_wait(1, deps=(dq, dv))
         arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
         arrive_if_zero(step - started, K_FREE, LOADING)
-        add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
+        await_place(INDEX, shared, step + other_uses)
+        put_dq(INDEX, shared, dq)
         dk_ND = warpgroup_mma_wait(0, deps=(dk,))
         arrive(FREE + slot, LOADING)
-        dq_head = head
-        dq_query = first_query
         dq_k_slot = k_slot
         step += 1
-    return dk_ND, dv_ND, step, dq_head, dq_query, dq_k_slot
+    return dk_ND, dv_ND, step, dq_k_slot
 
 
 @gluon.jit
-def pass_tiles(INDEX: gl.constexpr, problem, item, shared, dq_desc, head, k_slot, started, end, step, last, dq_head, dq_query, dq_k_slot):
+def pass_tiles(INDEX: gl.constexpr, problem, shared, k_slot, started, end, step, last, dq_k_slot, other_uses):
     """The tiles 0 .. last, whose queries see none of the warpgroup's keys: dS is 0, and dQ of the step before is due as ever."""
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.QUERIES, 16])
     zero_NM = gl.full([OWN_KEYS, problem.QUERIES], 0.0, shared.k.dtype, s_layout)
-    for i in range(last):
+    for _ in range(last):
         slot = step % STAGES
         phase = step // STAGES & 1
         mbarrier.wait(shared.q_full.index(slot), phase)
@@ -505,17 +531,15 @@ def pass_tiles(INDEX: gl.constexpr, problem, item, shared, dq_desc, head, k_slot
         synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
         shared.ds.index(unknown(step % DS_SLOTS)).slice(INDEX * OWN_KEYS, OWN_KEYS, 0).store(zero_NM)
         fence_async_shared()
-        tma.store_wait(0)
         dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot),))
         arrive(DS_READY + 2 * INDEX + step % 2, COMPUTING)
         arrive_if_zero(step - started, K_FREE, LOADING)
-        add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
+        await_place(INDEX, shared, step + other_uses)
+        put_dq(INDEX, shared, dq)
         arrive(FREE + slot, LOADING)
-        dq_head = head
-        dq_query = problem.first_query(item, i)
         dq_k_slot = k_slot
         step += 1
-    return step, dq_head, dq_query, dq_k_slot
+    return step, dq_k_slot
 
 
 @gluon.jit
@@ -530,90 +554,202 @@ def keep(INDEX: gl.constexpr, problem, item, kept, dk_ND, dv_ND):
 
 
 @gluon.jit
-def store(INDEX: gl.constexpr, problem, item, shared, dk_desc, dv_desc, dk_ND, dv_ND):
-    """dK and dV of the warpgroup's keys by way of dQ's place: at once at head_dim 64, one after the other at 128."""
-    PLACES: gl.constexpr = 128 // problem.HEAD_DIM
+def places_of_gradients(INDEX: gl.constexpr, problem, shared):
+    """dq's place as two for dV and dK of the warpgroup's keys, or at head_dim 128 one for both."""
     dtype: gl.constexpr = shared.k.dtype
-    places = shared.dq.index(INDEX)._reinterpret(dtype, [PLACES] + dk_desc.block_type.shape, dk_desc.layout)
-    own = [item.batch, item.kv_head, item.first_key + INDEX * OWN_KEYS, 0]
-    dv = places.index(0)
-    dk = places.index(PLACES - 1)
-    tma.store_wait(0)
-    dv.reshape([OWN_KEYS, problem.HEAD_DIM]).store(dv_ND.to(dtype))
-    if PLACES == 1:
-        fence_async_shared()
-        tma.async_copy_shared_to_global(dv_desc, own, dv)
-        tma.store_wait(0)
-    dk.reshape([OWN_KEYS, problem.HEAD_DIM]).store(dk_ND.to(dtype))
-    fence_async_shared()
-    if PLACES == 2:
-        tma.async_copy_shared_to_global(dv_desc, own, dv)
-    tma.async_copy_shared_to_global(dk_desc, own, dk)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, OWN_KEYS, problem.HEAD_DIM], dtype)
+    return shared.dq.index(INDEX)._reinterpret(dtype, [problem.GRADIENTS_AT_ONCE, 1, 1, OWN_KEYS, problem.HEAD_DIM], layout)
 
 
 @gluon.jit
-def compute(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, kept, scale, scale_log2):
+def put_dk_dv(INDEX: gl.constexpr, problem, shared, use, dk_ND, dv_ND):
+    """dK and dV of the warpgroup's keys; use: of dq's place."""
+    AT_ONCE: gl.constexpr = problem.GRADIENTS_AT_ONCE
+    dtype: gl.constexpr = shared.k.dtype
+    places = places_of_gradients(INDEX, problem, shared)
+    await_place(INDEX, shared, use)
+    places.index(0).reshape([OWN_KEYS, problem.HEAD_DIM]).store(dv_ND.to(dtype))
+    if AT_ONCE == 1:
+        hand_over(INDEX)
+        await_place(INDEX, shared, use + 1)
+    places.index(AT_ONCE - 1).reshape([OWN_KEYS, problem.HEAD_DIM]).store(dk_ND.to(dtype))
+    hand_over(INDEX)
+
+
+@gluon.constexpr_function
+def _one_lane(instructions):
+    """Of assembly that sets $0, which is 0 before: what the first lane of the warp does where `one` is set."""
+    return "{ .reg .pred one, again; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; mov.u32 $0, 0; " + instructions + " }"
+
+
+@gluon.jit
+def with_state(INSTRUCTIONS: gl.constexpr, state):
+    return gl.inline_asm_elementwise(_one_lane(INSTRUCTIONS), "=r,l,~{memory}", [state.to(gl.int64)], gl.int32, False, 1)
+
+
+@gluon.jit
+def touch(state):
+    """State of a tile of dQ, which is not UNTOUCHED any more when this returns."""
+    return with_state(
+        "@one atom.acquire.gpu.global.cas.b32 $0, [$1], 0, 1; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;", state
+    )
+
+
+@gluon.jit
+def await_stored(state):
+    with_state(
+        "AGAIN: @one ld.acquire.gpu.global.u32 $0, [$1]; setp.eq.and.u32 again, $0, 1, one; @again bra AGAIN;"
+        " fence.proxy.async.global; bar.warp.sync 0xffffffff;",
+        state,
+    )
+
+
+@gluon.jit
+def announce(state):
+    """That what this warp stored by TMA has arrived."""
+    with_state("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; @one st.release.gpu.global.u32 [$1], 2;", state)
+
+
+@gluon.jit
+def free_place(INDEX: gl.constexpr, shared):
+    tma.store_wait(0)
+    mbarrier.arrive(shared.dq_free.index(INDEX), count=1)
+
+
+@gluon.jit
+def add_dq(INDEX: gl.constexpr, shared, dq_desc, tile, state, before):
+    """[64, 64] of dQ to global memory; before: what `touch` returned."""
+    place = shared.dq.index(INDEX)
+    synchronise(DQ_FULL + INDEX, ADDING)
+    if before == UNTOUCHED:
+        tma.async_copy_shared_to_global(dq_desc, [tile, 0, 0], place)
+    else:
+        if before == TOUCHED:
+            await_stored(state)
+        tma_reduce_add(dq_desc, [tile, 0, 0], place)
+
+
+@gluon.jit
+def add(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, states):
+    """The warp that takes to global memory what warpgroup INDEX leaves in dq's place."""
+    AT_ONCE: gl.constexpr = problem.GRADIENTS_AT_ONCE
+    all_tiles = problem.all_tiles()
+    taken = 0
+    # What comes first is dQ of no step.
+    synchronise(DQ_FULL + INDEX, ADDING)
+    free_place(INDEX, shared)
+    mbarrier.wait(shared.work_full.index(0), 0)
+    batch = take(shared.work.index(0))
+    while batch >= 0:
+        item = take_item(problem, shared, taken, batch)
+        # Of dQ a tile of queries has two, one for each warpgroup.
+        head_end = 2 * (item.first_head + 1) * all_tiles
+        first = 2 * (item.first_head * all_tiles + item.first_tile) + INDEX
+        tile = first
+        before = touch(states + tile)
+        i = 1
+        for _ in range(problem.GROUP * item.tiles - 1):
+            add_dq(INDEX, shared, dq_desc, tile, states + tile, before)
+            last = tile
+            before_last = before
+            tile += 2
+            if not problem.CAUSAL:
+                tile = gl.where(tile >= head_end, tile - 2 * all_tiles, tile)
+            if problem.GROUP > 1:
+                if i == item.tiles:
+                    i = 0
+                    first += 2 * all_tiles
+                    head_end += 2 * all_tiles
+                    tile = first
+                i += 1
+            before = touch(states + tile)
+            free_place(INDEX, shared)
+            if before_last == UNTOUCHED:
+                announce(states + last)
+        if problem.CAUSAL or item.part < 0:
+            places = places_of_gradients(INDEX, problem, shared)
+            own = [item.batch, item.kv_head, item.first_key + INDEX * OWN_KEYS, 0]
+            synchronise(DQ_FULL + INDEX, ADDING)
+            tma.async_copy_shared_to_global(dv_desc, own, places.index(0))
+            if AT_ONCE == 1:
+                free_place(INDEX, shared)
+                synchronise(DQ_FULL + INDEX, ADDING)
+            tma.async_copy_shared_to_global(dk_desc, own, places.index(AT_ONCE - 1))
+            free_place(INDEX, shared)
+        add_dq(INDEX, shared, dq_desc, tile, states + tile, before)
+        free_place(INDEX, shared)
+        if before == UNTOUCHED:
+            announce(states + tile)
+        taken += 1
+        mbarrier.wait(shared.work_full.index(taken % ITEMS), taken // ITEMS & 1)
+        batch = take(shared.work.index(taken % ITEMS * ITEM_FIELDS))
+
+
+@gluon.jit
+def take_item(problem, shared, taken, batch):
+    """The item of this number, whose first field has been taken."""
+    field = taken % ITEMS * ITEM_FIELDS
+    kv_head = take(shared.work.index(field + 1))
+    first_key = take(shared.work.index(field + 2))
+    first_tile = take(shared.work.index(field + 3))
+    return problem.item(batch, kv_head, first_key, first_tile, take(shared.work.index(field + 4)), take(shared.work.index(field + 5)))
+
+
+@gluon.jit
+def compute(INDEX: gl.constexpr, problem, shared, kept, scale, scale_log2):
     """Warpgroup INDEX: dK and dV of 64 keys an item, and its part of dQ."""
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, problem.HEAD_DIM, 16])
     step = 0
     taken = 0
-    # There is no dS of step -1: whatever lies in its slot makes dQ of rows past the end, which TMA drops.
+    # There is no dS of step -1: whatever lies in its slot makes a dQ that the adding warp drops.
     arrive(DS_READY + 2 * INDEX + 1, COMPUTING)
-    dq_head = 0
-    dq_query = problem.all_tiles() * problem.QUERIES
     dq_k_slot = 0
+    other_uses = 0  # of dq's place, by dK and dV
     mbarrier.wait(shared.work_full.index(0), 0)
     batch = take(shared.work.index(0))
     while batch >= 0:
-        field = taken % ITEMS * ITEM_FIELDS
-        kv_head = take(shared.work.index(field + 1))
-        first_key = take(shared.work.index(field + 2))
-        first_tile = take(shared.work.index(field + 3))
-        item = problem.item(batch, kv_head, first_key, first_tile, take(shared.work.index(field + 4)), take(shared.work.index(field + 5)))
+        item = take_item(problem, shared, taken, batch)
         dk_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
         dv_ND = gl.full([OWN_KEYS, problem.HEAD_DIM], 0.0, gl.float32, acc_layout)
         k_slot = taken % K_SLOTS
         started = step
         end = step + problem.GROUP * item.tiles
-        if INDEX == 1 and problem.STAGGERED:
+        if INDEX == 1:
             synchronise(START, COMPUTING)
-        for member in range(problem.GROUP):
-            head = item.first_head + member
+        for _ in range(problem.GROUP):
             first = 0
             if problem.CAUSAL and INDEX == 1:
                 first = item.before_second
-                step, dq_head, dq_query, dq_k_slot = pass_tiles(
-                    INDEX, problem, item, shared, dq_desc, head, k_slot, started, end, step, first, dq_head, dq_query, dq_k_slot
-                )
+                step, dq_k_slot = pass_tiles(INDEX, problem, shared, k_slot, started, end, step, first, dq_k_slot, other_uses)
             if problem.CAUSAL or problem.TAIL:
-                dk_ND, dv_ND, step, dq_head, dq_query, dq_k_slot = add_tiles(
-                    INDEX, True, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, first, item.masked,
-                    dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
+                dk_ND, dv_ND, step, dq_k_slot = add_tiles(
+                    INDEX, True, problem, item, shared, scale_log2, k_slot, started, end, step, first, item.masked,
+                    dk_ND, dv_ND, dq_k_slot, other_uses,
                 )  # fmt: skip
                 first = item.masked
-            dk_ND, dv_ND, step, dq_head, dq_query, dq_k_slot = add_tiles(
-                INDEX, False, problem, item, shared, dq_desc, scale_log2, head, k_slot, started, end, step, first, item.tiles,
-                dk_ND, dv_ND, dq_head, dq_query, dq_k_slot,
+            dk_ND, dv_ND, step, dq_k_slot = add_tiles(
+                INDEX, False, problem, item, shared, scale_log2, k_slot, started, end, step, first, item.tiles,
+                dk_ND, dv_ND, dq_k_slot, other_uses,
             )  # fmt: skip
         dk_ND *= scale
         if problem.CAUSAL or item.part < 0:
-            store(INDEX, problem, item, shared, dk_desc, dv_desc, dk_ND, dv_ND)
+            put_dk_dv(INDEX, problem, shared, step + other_uses, dk_ND, dv_ND)
+            other_uses += 2 // problem.GRADIENTS_AT_ONCE
         else:
             keep(INDEX, problem, item, kept, dk_ND, dv_ND)
         taken += 1
         mbarrier.wait(shared.work_full.index(taken % ITEMS), taken // ITEMS & 1)
         batch = take(shared.work.index(taken % ITEMS * ITEM_FIELDS))
     synchronise(DS_READY + 2 * (1 - INDEX) + (step + 1) % 2, COMPUTING)
-    tma.store_wait(0)
     dq = warpgroup_mma_wait(0, deps=(issue_dq(INDEX, problem, shared, (step + 1) % DS_SLOTS, dq_k_slot),))
-    add_dq(INDEX, problem, shared, dq_desc, dq, dq_head, dq_query)
-    tma.store_wait(0)
+    await_place(INDEX, shared, step + other_uses)
+    put_dq(INDEX, shared, dq)
 
 
 @gluon.jit(do_not_specialize=["heads_at_once", "whole", "parts"])
 def backward_kernel(
     q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-    counter, kept, scale, scale_log2, heads_at_once, whole, parts,
+    counter, states, kept, scale, scale_log2, heads_at_once, whole, parts,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, TAIL: gl.constexpr, LOAD: gl.constexpr, COMPUTE: gl.constexpr,
 ):  # fmt: skip
     """Descriptors are [batch, heads, seq, head_dim]; lse_desc and delta_desc, of base-2 log-sum-exps and deltas, [batch * heads * padded seq]."""
@@ -638,18 +774,23 @@ def backward_kernel(
         gl.allocate_shared_memory(gl.int64, [ITEMS, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier),
+        gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], barrier),
     )
     for i in gl.static_range(ITEMS):
         mbarrier.init(shared.work_full.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(shared.q_full.index(i), count=1)
         mbarrier.init(shared.dout_full.index(i), count=1)
+    for i in gl.static_range(WARPGROUPS):
+        mbarrier.init(shared.dq_free.index(i), count=1)
     gl.thread_barrier()  # here once, where the compiler would put one into the first warpgroup's loop, before it waits at what is initialised here
     gl.warp_specialize([
-        (compute, (0, problem, shared, dq_desc, dk_desc, dv_desc, kept, scale, scale_log2)),
-        (compute, (1, problem, shared, dq_desc, dk_desc, dv_desc, kept, scale, scale_log2)),
+        (compute, (0, problem, shared, kept, scale, scale_log2)),
+        (compute, (1, problem, shared, kept, scale, scale_log2)),
         (load, (problem, shared, q_desc, k_desc, v_desc, dout_desc, lse_desc, delta_desc, counter)),
-    ], [4, 1], [COMPUTE, LOAD])  # fmt: skip
+        (add, (0, problem, shared, dq_desc, dk_desc, dv_desc, states)),
+        (add, (1, problem, shared, dq_desc, dk_desc, dv_desc, states)),
+    ], [4, 1, 1, 1], [COMPUTE, LOAD, LOAD, LOAD])  # fmt: skip
 
 
 def queries_per_tile(head_dim: int) -> int:
@@ -663,7 +804,7 @@ def one_dimensional() -> gl.NVMMASharedLayout:
 
 @cache
 def dq_layout() -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, DQ_TILE.value, DQ_TILE.value], gl.float32)
+    return gl.NVMMASharedLayout.get_default_for([1, *DQ_BOX.value], gl.float32)
 
 
 class Constants(NamedTuple):
@@ -686,15 +827,12 @@ def _convert(
     tiles = tl.cdiv(seq_q, BLOCK)
     first = block % tiles * BLOCK
     batch_head = (block // tiles).to(tl.int64)
-    m = tl.arange(0, BLOCK)
-    d = tl.arange(0, HEAD_DIM)
-    # Of a row's last three bits the lowest came to the front, of a column's last four the first behind the two of the thread in its quad.
-    place_M = m // 8 * 8 + m % 2 * 4 + m // 2 % 4
-    place_D = d // 16 * 16 + d // 2 % 4 * 4 + d // 8 % 2 * 2 + d % 2
-    tile = sums + (batch_head * rows + first) * HEAD_DIM
-    sums_MD = tl.load(tile + place_M[:, None] * HEAD_DIM + place_D[None, :])
+    # As `put_dq` left each tile of 64 rows and columns: 8 columns at a time, warp, quad, its thread, half of the rows, pair.
+    place = tl.arange(0, BLOCK * HEAD_DIM)
+    dq_MD = tl.load(sums + (batch_head * rows + first) * HEAD_DIM + place) * scale
+    dq_MD = dq_MD.reshape((HEAD_DIM // 64, 8, 4, 8, 4, 2, 2)).permute((2, 5, 3, 0, 1, 4, 6)).reshape((BLOCK, HEAD_DIM))
     base = dq + batch_head // heads * dq_batch + batch_head % heads * dq_head
-    store_rows(base, dq_row, first, seq_q, sums_MD * scale, HEAD_DIM, BLOCK, HEAD_DIM)
+    store_rows(base, dq_row, first, seq_q, dq_MD, HEAD_DIM, BLOCK, HEAD_DIM)
 
 
 @triton.jit
@@ -744,6 +882,8 @@ class Plan(NamedTuple):
 
     rows: Callable  # the launch of the rows' kernel, which takes its tensors
     padded: tuple[int, int, int]  # batch, heads and rows of log-sum-exps and deltas
+    dq_tiles: int
+    blind: int  # the first queries that see no key, whose tiles nobody touches
     programs: int
     kept: tuple[int, int, int, int] | None  # shape of what parts of items keep of dK and dV
     views: tuple[View, ...]  # of q, k, v and dout; of log-sum-exps and of deltas; of dQ's sums; of dk and dv
@@ -780,17 +920,20 @@ def plan_backward(device: torch.device, dtype: torch.dtype, q_shape, k_shape, of
     whole, parts = (items, 1) if causal else divide(items, group * tiles, tiles, multiprocessors(device))
     of_kernel = Constants(group, causal, seq_k % KEYS.value != 0)
     of_rows = View([batch * heads * rows], [1], [queries], one_dimensional())
-    tile = [1, DQ_TILE.value, DQ_TILE.value]
+    box = DQ_BOX.value
+    dq_tiles = batch * heads * rows * head_dim // DQ_TILE.value**2
     views = (
         view(q_shape, of_q, queries, dtype), view(k_shape, of_k, KEYS.value, dtype), view(k_shape, of_v, KEYS.value, dtype),
         view(q_shape, of_dout, queries, dtype),
-        of_rows, of_rows, View([batch * heads, rows, head_dim], [rows * head_dim, head_dim, 1], tile, dq_layout()),
+        of_rows, of_rows, View([dq_tiles, *box], [box[0] * box[1], box[1], 1], [1, *box], dq_layout()),
         view(k_shape, of_dk, OWN_KEYS.value, dtype), view(k_shape, of_dv, OWN_KEYS.value, dtype),
     )  # fmt: skip
     conversions = blocks(seq_q, ROWS_PER_PROGRAM) * batch * heads
     return Plan(
         plan_rows(q_shape, of_dout, of_out, rows),
         (batch, heads, rows),
+        dq_tiles,
+        max(seq_q - seq_k, 0) // queries * queries if causal else 0,
         min(whole + (items - whole) * parts, multiprocessors(device)),
         None if whole == items else ((items - whole) * parts, 2, KEYS.value, head_dim),
         views,
@@ -819,10 +962,12 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, d
     kept = sums if plan.kept is None else lse.new_empty(plan.kept)  # which the kernel then leaves alone
     described = q, k, v, dout, lse if padded_lse is None else padded_lse, delta, sums, dk, dv
     descriptors = [Descriptor(x, view) for x, view in zip(described, plan.views)]
+    states = torch.empty(plan.dq_tiles, dtype=torch.int32, device=q.device)
     counter = work_counter(q.device)
-    plan.rows((dout, None if dlse is None else dlse.contiguous(), out, lse, padded_lse, delta))
-    sums.zero_()  # after that kernel, whose reads would wait for zeros that L2 has yet to write to memory: 42 us for 38
-    launch(backward_kernel, plan.programs, descriptors, (counter, kept), plan.rest, plan.key, OPTIONS)
+    plan.rows((dout, None if dlse is None else dlse.contiguous(), out, lse, padded_lse, delta, states))
+    if plan.blind:
+        sums[:, :, : plan.blind].zero_()
+    launch(backward_kernel, plan.programs, descriptors, (counter, states, kept), plan.rest, plan.key, OPTIONS)
     plan.finish((sums, dq, None, None, None) if plan.kept is None else (sums, dq, kept, dk, dv))
 
 

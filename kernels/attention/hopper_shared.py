@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.attention.operators import planned, strides
 
 WARPGROUP = gl.constexpr(128)  # threads
-FIRST_FREE_BARRIER = gl.constexpr(5)  # of the hardware's 16; Triton takes 0, 1 and one for each partition
+FIRST_FREE_BARRIER = gl.constexpr(5)  # of the hardware's 16; Triton takes 0, 1 and one for each partition of several warps
 LOAD_REGISTERS = 24  # the least that setmaxnreg takes
 GLUON_TYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 

@@ -51,15 +51,18 @@ ROWS_PER_PROGRAM = 64  # of the first kernel, which is bound by memory alone
 
 @triton.jit
 def row_kernel(
-    dout, dlse, out, lse, padded_lse, delta,
+    dout, dlse, out, lse, padded_lse, delta, states,
     heads, seq_q, rows, log2_e,
     dout_batch, dout_row, dout_head, out_batch, out_row, out_head,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta = rowsum(dO * O) - dL, where L, the log-sum-exp of base e, is lse / log2(e), and dlse may be None; 0 where L is -inf.
 
-    [batch, heads, rows] float32, 0 from seq_q on, and so is padded_lse, or None where rows is seq_q.
+    [batch, heads, rows] float32, 0 from seq_q on, and so is padded_lse, or None where rows is seq_q. states, or None, int32 [batch, heads,
+    rows / BLOCK_M, VALUE_DIM / 64], are set to 0.
     """
+    if states is not None:
+        tl.store(states + tl.program_id(0) * (VALUE_DIM // 64) + tl.arange(0, VALUE_DIM // 64), 0)
     tiles = tl.cdiv(rows, BLOCK_M)
     first_query = tl.program_id(0) % tiles * BLOCK_M
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
@@ -333,7 +336,7 @@ def launch_backward(dout, dlse, q, k, v, out, lse, causal: bool, scale: float, f
     precision = dot_precision(q.dtype)
     rows, dkdv, of_queries = backward_plan(q.device, q.dtype, precision, q.shape, v.shape, of, causal, scale, asked(features))
     given = pointers(features, q.shape[0], q.shape[2])
-    rows((dout, None if dlse is None else dlse.contiguous(), out, lse, None, delta))
+    rows((dout, None if dlse is None else dlse.contiguous(), out, lse, None, delta, None))
     dkdv((q, k, v, dout, lse, delta, dk, dv, *given))
     of_queries((q, k, v, dout, lse, delta, dq, *given))
     if features.sinks is None:

@@ -53,7 +53,7 @@ def compile_backward(dtype: torch.dtype, head_dim: int, causal: bool, seq_k: int
     of_rows = f"tensordesc<fp32[{queries}],{hopper_backward.one_dimensional()!r}>"
     signature = dict.fromkeys(("q_desc", "dout_desc"), descriptor(queries)) | dict.fromkeys(("k_desc", "v_desc"), descriptor(128))
     signature |= dict.fromkeys(("dk_desc", "dv_desc"), descriptor(64)) | dict.fromkeys(("lse_desc", "delta_desc"), of_rows)
-    signature |= dict(dq_desc=f"tensordesc<fp32[1, 64, 64],{hopper_backward.dq_layout()!r}>", counter="*i32", kept="*fp32")
+    signature |= dict(dq_desc=f"tensordesc<fp32[1, 128, 32],{hopper_backward.dq_layout()!r}>", counter="*i32", states="*i32", kept="*fp32")
     signature |= dict(scale="fp32", scale_log2="fp32", heads_at_once="i32", whole="i32", parts="i32")
     constexprs = hopper_backward.Constants(group, causal, seq_k % 128 != 0)._asdict()
     kernel = hopper_backward.backward_kernel

@@ -76,7 +76,7 @@ def compile_all(arch: str, dtype: torch.dtype, precision: str, width: tuple, cau
 
 @cache
 def compile_rows(arch: str, block_v: int):
-    constants = dict(VALUE_DIM=block_v, BLOCK_V=block_v, BLOCK_M=ROWS_PER_PROGRAM, dlse=None)
+    constants = dict(VALUE_DIM=block_v, BLOCK_V=block_v, BLOCK_M=ROWS_PER_PROGRAM, dlse=None, states=None)
     return compile_kernel(row_kernel, arch, torch.bfloat16, constants, 4, 3)
 
 

@@ -302,8 +302,9 @@ def test_what_the_hopper_backward_leaves_is_finished(head_dim):
     finish_kernel[(conversions + 4 * 2 * (KEYS.value // ROWS_ADDED.value),)](
         sums, dq, kept, dk, dv, conversions, heads, seq, rows, 0.5, kv_heads, seq, whole, parts, *strides, head_dim, ROWS_PER_PROGRAM
     )
-    # Threads hold of 8 rows pairs of neighbouring columns, eight apart: [row // 8, row's quad, row % 2][column // 16, thread, half, pair]
-    ordered = sums.view(batch, heads, rows // 8, 2, 4, head_dim // 16, 4, 2, 2).permute(0, 1, 2, 4, 3, 5, 7, 6, 8).reshape(sums.shape)
+    # Tiles of 64 rows and columns: [column // 8, row // 16, row % 8, column // 2 % 4, row // 8 % 2, column % 2]
+    tiles = sums.view(batch, heads, rows // 64, head_dim // 64, 8, 4, 8, 4, 2, 2)
+    ordered = tiles.permute(0, 1, 2, 5, 8, 6, 3, 4, 7, 9).reshape(sums.shape)
     torch.testing.assert_close(dq, 0.5 * ordered[:, :, :seq].transpose(1, 2))
     for of, x in enumerate((dk, dv)):
         by_item = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 384 - seq), value=torch.nan).transpose(1, 2).reshape(12, KEYS.value, head_dim)

@@ -89,20 +89,19 @@ def compiled_backward(tmp_path_factory) -> list[dict]:
     return rows
 
 
-# Of a thread's 240 registers dK and dV, P and dP take 192, and at head_dim 64, whose tile has twice the queries, the packed P 32 more.
-BACKWARD_SPILLS = {64: 4, 128: 0}
-
-
 def test_the_backward_fits(compiled_backward):
+    """Of a thread's 240 registers dK and dV, P and dP take 192, and at head_dim 64, whose tile has twice the queries, the packed P 32 more."""
+    from kernels.attention.hopper_backward import DQ_FULL, WARPGROUPS
+
+    assert DQ_FULL.value + WARPGROUPS.value <= HARDWARE_BARRIERS
     for row in compiled_backward:
         assert row["shared"] + 1024 <= SHARED_MEMORY, row["case"]
         assert {24, 240} <= set(row["set_registers"]), row["case"]
-        allowed = BACKWARD_SPILLS[tile_arguments(row["case"])["head_dim"]]
-        assert all(loop["spills"] <= allowed for loop in row["loops"] if len(loop["waits"]) == 4), (row["case"], row["loops"])
+        assert not any(loop["spills"] for loop in row["loops"]), (row["case"], row["loops"])
 
 
 def test_the_backwards_warpgroups_wait_at_three_barriers_a_step(compiled_backward):
-    """For dS of the other one, for TMA to have read the last dQ, and for all to have stored the next."""
+    """For dS of the other one, and between the store of a dS and the products that read one, twice, since these come by turns."""
     for row in compiled_backward:
         assert {loop["barriers"] for loop in row["loops"] if loop["waits"] == [1, 1, 1, 0]} == {3}, (row["case"], row["loops"])
 
@@ -362,7 +361,9 @@ def test_a_trace_changes_nothing_and_its_clocks_rise(head_dim, causal):
 
 @gpu
 @pytest.mark.timeout(300)
-def test_thousands_of_backward_launches_of_random_shapes_beside_other_work():
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_thousands_of_backward_launches_of_random_shapes_beside_other_work(head_dim, causal):
     """dK and dV have the same bits from launch to launch, dQ, whose sums are made in any order, nearly so."""
     seed = fresh_seed()
     chance = random.Random(seed)
@@ -371,12 +372,11 @@ def test_thousands_of_backward_launches_of_random_shapes_beside_other_work():
     beside = torch.cuda.Stream()
     matrix = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
     launches = 0
-    while launches < 2000:
+    while launches < 500:
         kv_heads = chance.randint(1, 3)
         # Half of them have several work items a program, the others one at most.
         batch, longest = (64, 400) if chance.random() < 0.5 else (chance.randint(1, 3), 1500)
         heads = kv_heads * chance.randint(1, 3)
-        head_dim, causal = chance.choice([64, 128]), chance.random() < 0.5
         seq_q = chance.choice([chance.randint(1, 200), chance.randint(1, longest), 64 * chance.randint(1, longest // 64)])
         seq_k = seq_q if chance.random() < 0.5 else chance.randint(1, longest)
         shapes = [(batch, seq_q, heads, head_dim), (batch, seq_k, kv_heads, head_dim), (batch, seq_k, kv_heads, head_dim)]
@@ -407,7 +407,9 @@ def test_thousands_of_backward_launches_of_random_shapes_beside_other_work():
 
 @gpu
 @pytest.mark.timeout(300)
-def test_thousands_of_launches_of_random_shapes_beside_other_work():
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("causal", [False, True])
+def test_thousands_of_launches_of_random_shapes_beside_other_work(head_dim, causal):
     """Races would change bits from launch to launch, deadlocks run into the timeout. Two streams launch at once while a third multiplies
     matrices; every result is compared with the reference, and with that of the same launch made again."""
     seed = fresh_seed()
@@ -421,10 +423,9 @@ def test_thousands_of_launches_of_random_shapes_beside_other_work():
         return chance.choice([chance.randint(1, 200), chance.randint(1, 1200), 64 * chance.randint(1, 24), chance.randint(2049, 2600)])
 
     launches = 0
-    while launches < 3000:
+    while launches < 750:
         kv_heads = chance.randint(1, 3)
         batch, heads = chance.randint(1, 4), kv_heads * chance.randint(1, 3)
-        head_dim, causal = chance.choice([64, 128]), chance.random() < 0.5
         seq_q = length()
         seq_k = seq_q if chance.random() < 0.5 else length()
         shapes = [(batch, seq_q, heads, head_dim), (batch, seq_k, kv_heads, head_dim), (batch, seq_k, kv_heads, head_dim)]
