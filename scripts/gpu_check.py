@@ -36,15 +36,16 @@ def main() -> int:
         print("gpu_check: torch sees no CUDA GPU here; run it on a machine that has one", file=sys.stderr)
         return 2
     result = {"environment": collect_environment()}
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, step in (("tests", run_tests), ("kernel_times", run_kernel_times), ("training", run_training)):
             print(f"gpu_check: {name} ...", flush=True)
             start = time.monotonic()
             result[name] = step(Path(folder), start + TIMEOUTS[name])
             result[name]["seconds"] = round(time.monotonic() - start, 1)
-    result["passed"] = all(result[name]["passed"] for name in TIMEOUTS)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+            result["passed"] = all(name in result and result[name]["passed"] for name in TIMEOUTS)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")  # what was seen is not lost when the rest is cut off
+            print(f"{verdict(result[name])}  {name:12} {result[name]['seconds']:6.1f} s", flush=True)
     print(summary(result), f"written to {options.out}", sep="\n")
     return 0 if result["passed"] else 1
 
@@ -63,7 +64,7 @@ def command(arguments: list, deadline: float) -> tuple[int | str, str]:
 
 def run_tests(folder: Path, deadline: float) -> dict:
     report = folder / "tests.xml"
-    tests = [sys.executable, "-m", "pytest", "-q", "-n", WORKERS, "--dist", "loadgroup", "-m", "gpu", "tests", f"--junitxml={report}"]
+    tests = [sys.executable, "-m", "pytest", "-v", "-n", WORKERS, "--dist", "loadgroup", "-m", "gpu", "tests", f"--junitxml={report}"]
     code, output = command(tests, deadline)
     if code not in (0, 1) or not report.exists():
         return {"passed": False, "exit_code": code, "output": output}
@@ -101,6 +102,10 @@ def run_training(folder: Path, deadline: float) -> dict:
     return {"passed": True, "bf16": outputs[1].splitlines(), "fp32": outputs[2].splitlines()}
 
 
+def verdict(step: dict) -> str:
+    return "passed" if step["passed"] else "FAILED"
+
+
 def summary(result: dict) -> str:
     """The result as a short table."""
     tests, times, training = result["tests"], result["kernel_times"], result["training"]
@@ -108,7 +113,7 @@ def summary(result: dict) -> str:
     versions = ", ".join(f"{name} {environment['packages'][name]}" for name in ("torch", "triton"))
     lines = [f"{environment['gpu_name']}, {versions}, git {environment['git_sha']}"]
     for name in TIMEOUTS:
-        lines.append(f"{'passed' if result[name]['passed'] else 'FAILED'}  {name:12} {result[name]['seconds']:6.1f} s")
+        lines.append(f"{verdict(result[name])}  {name:12} {result[name]['seconds']:6.1f} s")
     if "tests" in tests:
         lines.append(f"tests: {tests['tests']} run, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped")
         lines += [f"  {failure['test']}: {failure['message'].splitlines()[0] if failure['message'] else ''}" for failure in tests["failed"]]
