@@ -357,18 +357,18 @@ def muon() -> dict:
     return {"plain": plain, "fp32": stages, "bf16": in_bf16, "bf16_states": train(configure(*settings, *bf16, "train.bf16_states=true"))}
 
 
-def on_a_gpu() -> dict:
-    """Losses and peak memory of each checkpointing mode, with offload and without, in bf16 and fp16, in a model whose activations count."""
-    cells, modes = {}, {**CHECKPOINTING, "full offloaded": ["train.checkpoint_offload=true"], "full tiles": ["train.mlp_tile=512"]}
+def on_a_gpu(*settings: str) -> dict:
+    """Losses and peak memory of each checkpointing mode with these settings, in a model whose activations count; "plain": without them, and without any."""
     big = [*BIG, "attention.backend=triton", "zero.offload_optimizer=cpu"]
-    for mode, parameters in itertools.product(modes, ("none", "cpu")):
-        for precision in ("bf16", "fp16"):
-            torch.nn.functional.linear = LINEAR
-            gc.collect()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-            settings = [f"train.activation_checkpointing={mode.split()[0]}", f"train.precision={precision}", f"zero.offload_parameters={parameters}"]
-            cells[f"{mode}, {parameters}, {precision}"] = {**train(configure(*big, *settings, *modes[mode])), "bytes": torch.cuda.max_memory_allocated() - held}
+    modes = {**CHECKPOINTING, "full offloaded": ["train.checkpoint_offload=true"], "full tiles": ["train.mlp_tile=512"]}
+    cells = {"plain": train(configure(*big, "train.precision=bf16"))}
+    for mode, of_mode in modes.items():
+        torch.nn.functional.linear = LINEAR
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        trained = train(configure(*big, f"train.activation_checkpointing={mode.split()[0]}", *settings, *of_mode))
+        cells[mode] = {**trained, "bytes": torch.cuda.max_memory_allocated() - held}
     return cells
 
 
@@ -526,7 +526,7 @@ def deepspeed_keys() -> dict:
 def main() -> None:
     out = Path(sys.argv[-1])  # the launcher puts --local_rank first
     join_process_group()
-    seen = (on_two_gpus() if dist.get_world_size() == 2 else on_a_gpu()) if torch.cuda.is_available() else {
+    seen = (on_two_gpus() if dist.get_world_size() == 2 else on_a_gpu(*sys.argv[2:-1])) if torch.cuda.is_available() else {
         "grid": grid(),
         "plain": train_plainly(configure()),
         "plain_llama": train_plainly(configure(*LLAMA)),
