@@ -27,7 +27,5 @@ if [[ ! -f .venv/triton-$newest/triton/__init__.py ]]; then
 fi
 wait
 if (($#)); then exec python -m pytest --durations=10 "$@"; fi
-# Two files at a time: first those that measure how soon something ends, beside each other, for they mostly wait; then the longest.
-first=(tests/training/test_{kills,reliability}.py tests/test_{launcher,train}.py tests/training/test_tracking.py)
-longest=(tests/training/test_{zero,checkpoints,memory}.py tests/kernels/test_triton.py)
-exec python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "${first[@]}" "${longest[@]}" tests
+# Two files at a time, in the order that tests/conftest.py gives them.
+exec python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
