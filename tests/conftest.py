@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-# First the files that measure how soon something ends, beside each other, for they mostly wait; then the longest, so that none is left at the end.
-FIRST = ["test_kills", "test_reliability", "test_launcher", "test_train", "test_tracking", "test_zero", "test_checkpoints", "test_memory", "test_triton"]
+# Files in this order, and then the others: the longest, lest one is left at the end, each beside one that mostly waits for processes to end.
+FIRST = ["test_kills", "test_zero", "test_reliability", "test_launcher", "test_checkpoints", "test_train", "test_memory", "test_tracking", "test_triton"]
 
 
 def pytest_collection_modifyitems(items):
