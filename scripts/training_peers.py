@@ -36,7 +36,8 @@ _ATTENTION = [_ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._scaled_d
               _ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default]
 _MATMULS = [_ATEN.mm.default, _ATEN.addmm.default]
 # Found here, once: a walk through every object takes long, and none that gc.freeze() has taken out is met on it.
-_CACHES = [found for found in gc.get_objects() if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("deepspeed.runtime.zero")]
+_CACHES = [found for found in gc.get_objects()
+           if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("deepspeed.runtime.zero")]
 
 
 class Refused(ValueError):

@@ -2,8 +2,11 @@
 import pytest
 import torch
 
-# Files in this order, and then the others: the longest, lest one is left at the end, each beside one that mostly waits for processes to end.
-FIRST = ["test_kills", "test_zero", "test_reliability", "test_launcher", "test_checkpoints", "test_train", "test_memory", "test_tracking", "test_triton"]
+# In this order, then the other files: the longest, lest one is left at the end, beside those that mostly wait for processes to end.
+FIRST = [
+    *("test_kills", "test_zero", "test_reliability", "test_launcher", "test_checkpoints"),
+    *("test_train", "test_memory", "test_tracking", "test_triton"),
+]
 
 
 def pytest_collection_modifyitems(items):

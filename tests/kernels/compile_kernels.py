@@ -95,8 +95,8 @@ def read_before_written(sass: str) -> list[str]:
 
 
 def resources(compiled) -> dict:
-    """Registers and bytes of local memory (spills) a thread, bytes of shared memory a block; and Hopper's matrix products and waits, and what
-    no right machine code has: registers read before they are written."""
+    """Registers and bytes of local memory (spills) a thread, bytes of shared memory a block; on Hopper also matrix products and waits, and
+    what no right machine code has: registers read before they are written."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
