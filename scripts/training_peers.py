@@ -35,6 +35,9 @@ _ATEN = torch.ops.aten
 _ATTENTION = [_ATEN._scaled_dot_product_cudnn_attention.default, _ATEN._scaled_dot_product_flash_attention.default,
               _ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default]
 _MATMULS = [_ATEN.mm.default, _ATEN.addmm.default]
+# Found here, once: a walk through every object takes long, and none that gc.freeze() has taken out is met on it.
+_CACHES = [found for found in gc.get_objects()
+           if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("deepspeed.runtime.zero")]
 
 
 class Refused(ValueError):
@@ -139,9 +142,8 @@ def let_go(engine: deepspeed.DeepSpeedEngine) -> None:
     """Free the engine's memory: DeepSpeed 0.19.8's ``destroy`` leaves its modules in a list and in the keys of a cache."""
     engine.destroy()
     FWD_MODULE_STACK.clear()
-    for found in gc.get_objects():
-        if type(found) is functools._lru_cache_wrapper and str(found.__module__).startswith("deepspeed.runtime.zero"):
-            found.cache_clear()
+    for cache in _CACHES:
+        cache.cache_clear()
 
 
 def stock_config(config: Config) -> dict:

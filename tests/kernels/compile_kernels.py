@@ -95,19 +95,21 @@ def read_before_written(sass: str) -> list[str]:
 
 
 def resources(compiled) -> dict:
-    """Registers and bytes of local memory (spills) a thread, bytes of shared memory a block, Hopper's matrix products and waits, and what
-    no right machine code has: registers read before they are written."""
+    """Registers and bytes of local memory (spills) a thread, bytes of shared memory a block; on Hopper also matrix products and waits, and
+    what no right machine code has: registers read before they are written."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage, sass = (
-            subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("--dump-resource-usage", "--dump-sass")
-        )
+
+        def dump(what: str) -> str:
+            return subprocess.run([CUOBJDUMP, f"--dump-{what}", file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, hopper = dump("resource-usage"), compiled.metadata.target.arch == 90
+        sass = dump("sass") if hopper else ""
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    waits, unwritten = sass.count("WARPGROUP.DEPBAR"), read_before_written(sass)
     used = dict(registers=int(registers), stack=int(stack), shared=compiled.metadata.shared)
-    return used | dict(wgmma=sass.count("HGMMA"), wgmma_waits=waits, read_before_written=unwritten)
+    waits = sass.count("WARPGROUP.DEPBAR")
+    return used | (dict(wgmma=sass.count("HGMMA"), wgmma_waits=waits, read_before_written=read_before_written(sass)) if hopper else {})
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Processes, two on CPUs or one a GPU, that save, load and convert checkpoints, and meet losses and gradients that are not finite."""
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -242,6 +243,7 @@ def not_finite(out: Path) -> dict:
 
 def main() -> None:
     out = Path(sys.argv[-1])
+    gc.freeze()  # DeepSpeed collects garbage for every engine, and would walk through all that was imported
     join_process_group()
     folder = out.parent / "checkpoints"
     seen = {"same_layout": same_layout(folder), "other_layouts": other_layouts(folder), "new_hyperparameters": new_hyperparameters(folder),

@@ -73,6 +73,7 @@ def follow(settings: list[str], logits_at_once: int) -> dict[str, int]:
 
 def main() -> None:
     asked, out = (Path(file) for file in sys.argv[-2:])  # the launcher puts its own before
+    gc.freeze()  # DeepSpeed collects garbage for every engine, and would walk through all that was imported
     join_process_group()
     with pytest.MonkeyPatch.context() as monkeypatch:
         as_on_a_gpu(monkeypatch)

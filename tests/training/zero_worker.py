@@ -56,6 +56,7 @@ CHECKPOINTING = {
 OFFLOAD = {"none": [], "optimizer": ["zero.offload_optimizer=cpu"], "both": ["zero.offload_optimizer=cpu", "zero.offload_parameters=cpu"]}
 LET_GO = ["zero.reuse_distance=0", "zero.prefetch_bucket_size=1", "zero.persistence_threshold=0"]  # parameters, as of large models, after each use
 BIG = ["model.layers=8", "model.hidden_size=256", "model.heads=4", "model.sequence_length=1024"]  # for GPUs
+TWO_ROWS = ["train.global_batch_size=2"]  # for Triton's interpreter, which takes its time
 LINEAR = torch.nn.functional.linear
 
 cpuinfo.get_cpu_info = functools.lru_cache(cpuinfo.get_cpu_info)  # DeepSpeed's CPU Adam asks each time, which takes a second
@@ -164,6 +165,7 @@ def grid() -> dict:
         settings = [f"train.precision={precision}", f"train.activation_checkpointing={mode.split()[0]}", f"zero.stage={stage}",
                     f"attention.backend={backend}", f"train.gradient_accumulation_steps={accumulation}",
                     f"zero.persistence_threshold={(0, 1000, 100_000)[len(cells) // len(places) % 3]}"]  # all sharded; some; none
+        settings += TWO_ROWS if backend == "triton" else []
         cells[f"{precision}, {mode}, stage {stage}, {offload} offloaded, {backend}, {accumulation}"] = train(
             configure(*settings, *CHECKPOINTING[mode], *OFFLOAD[offload]))
 
@@ -525,10 +527,12 @@ def deepspeed_keys() -> dict:
 
 def main() -> None:
     out = Path(sys.argv[-1])  # the launcher puts --local_rank first
+    gc.freeze()  # DeepSpeed collects garbage for every engine, and would walk through all that was imported
     join_process_group()
     seen = (on_two_gpus() if dist.get_world_size() == 2 else on_a_gpu(*sys.argv[2:-1])) if torch.cuda.is_available() else {
         "grid": grid(),
         "plain": train_plainly(configure()),
+        "plain_two_rows": train_plainly(configure(*TWO_ROWS)),
         "plain_llama": train_plainly(configure(*LLAMA)),
         "llama": train(configure(*LLAMA, "train.activation_checkpointing=full", "attention.backend=sdpa")),
         "plain_features": train_plainly(configure(*FEATURES)),
