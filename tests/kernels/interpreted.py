@@ -3,37 +3,19 @@
 float16 and float32 only: the interpreter's bfloat16 products are wrong. Its tile is 32 queries by 16 keys, unless a test says so.
 """
 
-import inspect
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import pytest
 import torch
-import triton.language as tl
 from comparison import DROPOUT_SEED, Case, check, check_dynamic_shapes, check_scores_far_from_zero, fresh_seed, run
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-from triton.runtime import interpreter
 
 from kernels.attention import attention, attention_packed, choose, dropout, triton_forward, triton_packed, unsupported
 from kernels.attention.triton_backward import attention_backward
 from kernels.attention.triton_forward import attention_forward
 from kernels.attention.triton_packed import attention_packed_backward, attention_packed_forward
 from kernels.attention.tuning import Tile
-
-
-@cache
-def builtins_of(package) -> list[str]:
-    return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-
-
-def patch_builtins(package, builder, scope) -> None:
-    """Triton's, which at every call of a function looks through the whole language for what it replaces: a third of the time."""
-    for name in builtins_of(package):
-        if tl.core.is_builtin(member := getattr(package, name)):
-            interpreter._patch_attr(package, name, member, builder, scope)
-
-
-interpreter._patch_builtin = patch_builtins
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
