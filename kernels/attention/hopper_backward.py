@@ -26,19 +26,20 @@ keys of both warpgroups, and of all programs: it is summed up in float32 in glob
                                                                                arrive at dq_full, at free[slot]
                                      dq[warpgroup]  <----------------------  dK and dV, likewise
 
-      add, one warp for each warpgroup
+      add, one warp for each warpgroup, which follows the items likewise
 
-    for each tile of queries i:
-      whether this warp is the first to touch the tile of dQ
+    for each tile of queries i, the last one when dV and dK are out:
       wait dq_full                   dq[warpgroup]
-      TMA: stores dQ, if so, or else adds it, to global memory
-      when that has been read: arrive at dq_free
-    TMA: stores dV and dK
+      unless the tile of dQ was stored when last seen: touch it; where another has touched it first, wait until it is stored
+      TMA: stores dQ, if this was the first touch, or else adds it, to global memory
+      see to the state of the next tile
+      when TMA has read dQ: arrive at dq_free
+    wait dq_full; TMA: stores dV and dK, at once or one after the other; arrive at dq_free
 
 Steps count on across items, and so does the pipeline: dQ of an item's last tile is computed in the first step of the next item, for which K of
 both lies in shared memory. V of the next item is loaded when both warpgroups have their last dP, or has a place of its own at head_dim 64.
 
-The full barriers of loads, and dq_free, are mbarriers: use n of a slot completes its phase (n // slots) % 2; both sides count, steps for q_full and
+The full barriers of loads, and dq_free, are mbarriers: use n of a slot completes its phase (n // slots) % 2; who waits counts, steps for q_full and
 dout_full, items for work_full, for dq_free steps and what dK and dV take. The others are the hardware's named barriers, which need no phase as long
 as nobody arrives for one use before all have synchronised for the use before:
 
@@ -52,8 +53,8 @@ as nobody arrives for one use before all have synchronised for the use before:
     START: the first warpgroup arrives when it has the first dP of an item, and the second synchronises before it starts the item, so that one
       computes while the other multiplies. An item's V, or at head_dim 64 its K, is loaded when the second has started the item before.
 
-An item is put into work[n % 4] when free[slot] says that both have done the step before last. A warpgroup does no step before its adding warp has
-read what it left two steps earlier, and that is of item n - 4 or a later one, which all have taken then.
+An item is put into work[n % 4] when free[slot] says that both have ended the step before the last one of item n - 1. No warpgroup ends step i before
+its adding warp has handled dQ of i - 2. So the adding warps have handled one of the four steps before item n, and taken item n - 4 or a later one.
 
 Two slots of dS suffice: a warpgroup stores dS of i when both have read that of i - 2, itself in step i - 1, the other before it arrived for i - 1.
 So the two may drift apart by almost a step, less the time of one dQ.
@@ -67,8 +68,9 @@ tile lies in global memory as the threads hold it, without gaps, so that its num
 thread, and no bank is asked twice; `finish_kernel` brings back the order of rows and columns.
 
 Nothing sets these sums to 0. Each tile has a state: untouched, touched, or stored. The first to touch it stores its part, and says so when the part
-has arrived in global memory; the others wait for that, and add theirs. They ask a step ahead, and between its touch and its store a warp waits for
-nothing but dQ of its own program, so that nobody waits for long, nor for each other.
+has arrived in global memory; the others wait for that, and add theirs. A tile is touched when its dQ is there, not sooner: between touch and store
+its warp must wait for nothing, since what it waited for could wait for another tile, and so on in a circle. Most tiles are stored long since, as the
+adding warp has seen a step ahead.
 
 Queries past the end are loaded as zeros, with log-sum-exp and delta 0, and add nothing. Masked tiles are a loop of their own; so are those before
 the diagonal of the second warpgroup, at head_dim 128 the first of an item, in which it takes part in the rest with a dS of 0. Full attention
@@ -127,7 +129,7 @@ ITEMS = gl.constexpr(4)  # in shared memory
 ITEM_FIELDS = gl.constexpr(6)  # of each: what `Problem.place` returns, which takes divisions
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
 DQ_BOX = gl.constexpr([128, 32])  # as which TMA sees them
-UNTOUCHED, TOUCHED = gl.constexpr(0), gl.constexpr(1)  # states of such a tile; 2: stored
+UNTOUCHED, STORED = gl.constexpr(0), gl.constexpr(2)  # states of such a tile; 1: touched
 STEPS_AROUND_AN_ITEM = 2  # what its start and end take
 MOST_PARTS = 8  # of an item: `finish_kernel` reads them one after the other
 ROWS_ADDED = gl.constexpr(16)  # of dK and dV, by one of its programs: few, so that many take part
@@ -406,7 +408,7 @@ def issue_dq(INDEX: gl.constexpr, problem, shared, ds_slot, k_slot):
 
 @gluon.jit
 def await_place(INDEX: gl.constexpr, shared, use):
-    """Until TMA has read what the warpgroup left in dq's place before, in its use - 1."""
+    """Until TMA has read what the warpgroup left in dq's place before; use: how often that was."""
     mbarrier.wait(shared.dq_free.index(INDEX), (use & 1) ^ 1)
 
 
@@ -578,7 +580,7 @@ def put_dk_dv(INDEX: gl.constexpr, problem, shared, use, dk_ND, dv_ND):
 
 @gluon.constexpr_function
 def _one_lane(instructions):
-    """Of assembly that sets $0, which is 0 before: what the first lane of the warp does where `one` is set."""
+    """Of assembly that sets $0, which is 0 before: what the first lane of the warp does where `one` is set. TMA may be issued by another."""
     return "{ .reg .pred one, again; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; mov.u32 $0, 0; " + instructions + " }"
 
 
@@ -588,18 +590,21 @@ def with_state(INSTRUCTIONS: gl.constexpr, state):
 
 
 @gluon.jit
-def touch(state):
-    """State of a tile of dQ, which is not UNTOUCHED any more when this returns."""
+def see(state):
+    """State of a tile of dQ."""
     return with_state(
-        "@one atom.acquire.gpu.global.cas.b32 $0, [$1], 0, 1; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;", state
+        "@one ld.acquire.gpu.global.u32 $0, [$1]; bar.warp.sync 0xffffffff; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;",
+        state,
     )
 
 
 @gluon.jit
-def await_stored(state):
-    with_state(
-        "AGAIN: @one ld.acquire.gpu.global.u32 $0, [$1]; setp.eq.and.u32 again, $0, 1, one; @again bra AGAIN;"
-        " fence.proxy.async.global; bar.warp.sync 0xffffffff;",
+def touch(state):
+    """UNTOUCHED if a tile of dQ was so, which is then this warp's to store at once; or else STORED, when it is."""
+    return with_state(
+        "@one atom.acquire.gpu.global.cas.b32 $0, [$1], 0, 1;"
+        " AGAIN: setp.eq.and.u32 again, $0, 1, one; @again ld.acquire.gpu.global.u32 $0, [$1]; @again bra AGAIN;"
+        " bar.warp.sync 0xffffffff; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;",
         state,
     )
 
@@ -617,16 +622,18 @@ def free_place(INDEX: gl.constexpr, shared):
 
 
 @gluon.jit
-def add_dq(INDEX: gl.constexpr, shared, dq_desc, tile, state, before):
-    """[64, 64] of dQ to global memory; before: what `touch` returned."""
+def add_dq(INDEX: gl.constexpr, shared, dq_desc, tile, state, seen):
+    """[64, 64] of dQ to global memory; seen: the tile's state some time before. Returns UNTOUCHED if this warp stored it."""
     place = shared.dq.index(INDEX)
     synchronise(DQ_FULL + INDEX, ADDING)
+    before = seen
+    if seen != STORED:
+        before = touch(state)
     if before == UNTOUCHED:
         tma.async_copy_shared_to_global(dq_desc, [tile, 0, 0], place)
     else:
-        if before == TOUCHED:
-            await_stored(state)
         tma_reduce_add(dq_desc, [tile, 0, 0], place)
+    return before
 
 
 @gluon.jit
@@ -646,12 +653,11 @@ def add(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, states)
         head_end = 2 * (item.first_head + 1) * all_tiles
         first = 2 * (item.first_head * all_tiles + item.first_tile) + INDEX
         tile = first
-        before = touch(states + tile)
+        seen = see(states + tile)
         i = 1
         for _ in range(problem.GROUP * item.tiles - 1):
-            add_dq(INDEX, shared, dq_desc, tile, states + tile, before)
+            before = add_dq(INDEX, shared, dq_desc, tile, states + tile, seen)
             last = tile
-            before_last = before
             tile += 2
             if not problem.CAUSAL:
                 tile = gl.where(tile >= head_end, tile - 2 * all_tiles, tile)
@@ -662,9 +668,9 @@ def add(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, states)
                     head_end += 2 * all_tiles
                     tile = first
                 i += 1
-            before = touch(states + tile)
+            seen = see(states + tile)
             free_place(INDEX, shared)
-            if before_last == UNTOUCHED:
+            if before == UNTOUCHED:
                 announce(states + last)
         if problem.CAUSAL or item.part < 0:
             places = places_of_gradients(INDEX, problem, shared)
@@ -676,7 +682,7 @@ def add(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, states)
                 synchronise(DQ_FULL + INDEX, ADDING)
             tma.async_copy_shared_to_global(dk_desc, own, places.index(AT_ONCE - 1))
             free_place(INDEX, shared)
-        add_dq(INDEX, shared, dq_desc, tile, states + tile, before)
+        before = add_dq(INDEX, shared, dq_desc, tile, states + tile, seen)
         free_place(INDEX, shared)
         if before == UNTOUCHED:
             announce(states + tile)
@@ -866,7 +872,7 @@ def finish_kernel(
     sums, dq, kept, dk, dv, blocks, heads, seq_q, rows, scale, kv_heads, seq_k, whole, parts,
     dq_batch, dq_row, dq_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head, HEAD_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dq = scale * sums, from float32 [batch, heads, rows, HEAD_DIM] in the order of `add_dq` to dq's dtype and strides, by the first `blocks`
+    """dq = scale * sums, from float32 [batch, heads, rows, HEAD_DIM] in the order of `put_dq` to dq's dtype and strides, by the first `blocks`
     blocks; the others add up dk and dv of the items from `whole` on, kept by their parts, float32 [all parts, 2, KEYS, HEAD_DIM]."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # what was written last comes first: L2 still has it
     if kept is None or block < blocks:
