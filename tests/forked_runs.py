@@ -90,6 +90,7 @@ def import_what_a_run_imports(arguments: list[str], *, log: Path) -> None:
 
 
 def _launch(arguments: list[str], processes: int, pids_file: Path, hook: Callable[[int], None]) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job, as tests may be, is started without
     port = free_port()
     pids = []
     for rank in range(processes):
