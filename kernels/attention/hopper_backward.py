@@ -129,7 +129,7 @@ ITEMS = gl.constexpr(4)  # in shared memory
 ITEM_FIELDS = gl.constexpr(6)  # of each: what `Problem.place` returns, which takes divisions
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
 DQ_BOX = gl.constexpr([128, 32])  # as which TMA sees them
-UNTOUCHED, STORED = gl.constexpr(0), gl.constexpr(2)  # states of such a tile; 1: touched
+UNTOUCHED = gl.constexpr(0)  # state of such a tile; 1: touched, 2: stored
 STEPS_AROUND_AN_ITEM = 2  # what its start and end take
 MOST_PARTS = 8  # of an item: `finish_kernel` reads them one after the other
 ROWS_ADDED = gl.constexpr(16)  # of dK and dV, by one of its programs: few, so that many take part
@@ -599,14 +599,15 @@ def see(state):
 
 
 @gluon.jit
-def touch(state):
-    """UNTOUCHED if a tile of dQ was so, which is then this warp's to store at once; or else STORED, when it is."""
-    return with_state(
-        "@one atom.acquire.gpu.global.cas.b32 $0, [$1], 0, 1;"
+def touch(state, seen):
+    """UNTOUCHED if a tile of dQ was so, which is then this warp's to store at once; or else 2, when it is stored, at once where that has been seen.
+    No branch of the language's: with one, the compiler keeps what is the same in all threads of a warpgroup in registers of each."""
+    instructions: gl.constexpr = _one_lane(
+        "setp.ne.and.u32 one, $2, 2, one; mov.u32 $0, $2; @one atom.acquire.gpu.global.cas.b32 $0, [$1], 0, 1;"
         " AGAIN: setp.eq.and.u32 again, $0, 1, one; @again ld.acquire.gpu.global.u32 $0, [$1]; @again bra AGAIN;"
-        " bar.warp.sync 0xffffffff; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;",
-        state,
+        " bar.warp.sync 0xffffffff; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;"
     )
+    return gl.inline_asm_elementwise(instructions, "=r,l,r,~{memory}", [state.to(gl.int64), seen], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -626,9 +627,7 @@ def add_dq(INDEX: gl.constexpr, shared, dq_desc, tile, state, seen):
     """[64, 64] of dQ to global memory; seen: the tile's state some time before. Returns UNTOUCHED if this warp stored it."""
     place = shared.dq.index(INDEX)
     synchronise(DQ_FULL + INDEX, ADDING)
-    before = seen
-    if seen != STORED:
-        before = touch(state)
+    before = touch(state, seen)
     if before == UNTOUCHED:
         tma.async_copy_shared_to_global(dq_desc, [tile, 0, 0], place)
     else:
