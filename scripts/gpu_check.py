@@ -71,7 +71,7 @@ def run_tests(folder: Path, deadline: float) -> dict:
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     failures = [
-        {"test": f"{case.get('classname')}::{case.get('name')}", "message": (problem.get("message") or "")[:500]}
+        {"test": f"{case.get('classname')}::{case.get('name')}", "message": "\n".join(line for line in (problem.text or "").splitlines() if line.startswith("E "))[-3000:]}
         for case in suite.iter("testcase")
         for problem in case
         if problem.tag in ("failure", "error")
@@ -116,7 +116,7 @@ def summary(result: dict) -> str:
         lines.append(f"{verdict(result[name])}  {name:12} {result[name]['seconds']:6.1f} s")
     if "tests" in tests:
         lines.append(f"tests: {tests['tests']} run, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped")
-        lines += [f"  {failure['test']}: {failure['message'].splitlines()[0] if failure['message'] else ''}" for failure in tests["failed"]]
+        lines += [f"  {failure['test']}: {failure['message'].partition(chr(10))[0][:300]}" for failure in tests["failed"]]
     lines += [line for precision in ("bf16", "fp32") if precision in training for line in (training[precision][0], training[precision][-1])]
     lines += [step["output"] for step in (tests, times, training) if "output" in step]
     if "rows" in times:
