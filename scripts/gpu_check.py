@@ -71,12 +71,18 @@ def run_tests(folder: Path, deadline: float) -> dict:
     suite = ElementTree.parse(report).getroot().find("testsuite")
     counts = {name: int(suite.get(name)) for name in ("tests", "failures", "errors", "skipped")}
     failures = [
-        {"test": f"{case.get('classname')}::{case.get('name')}", "message": "\n".join(line for line in (problem.text or "").splitlines() if line.startswith("E "))[-3000:]}
+        {"test": f"{case.get('classname')}::{case.get('name')}", "message": what_it_says(problem)}
         for case in suite.iter("testcase")
         for problem in case
         if problem.tag in ("failure", "error")
     ]
     return {"passed": code == 0 and counts["tests"] > counts["skipped"], **counts, "failed": failures}
+
+
+def what_it_says(problem: ElementTree.Element) -> str:
+    """The end of a failure's message, where a launch tells its cause; a worker that crashed has no more than a title."""
+    lines = [line for line in (problem.text or "").splitlines() if line.startswith("E ")]
+    return "\n".join(lines)[-3000:] or problem.get("message") or ""
 
 
 def run_kernel_times(folder: Path, deadline: float) -> dict:
