@@ -32,8 +32,8 @@ keys of both warpgroups, and of all programs: it is summed up in float32 in glob
       wait dq_full                   dq[warpgroup]
       unless the tile of dQ was stored when last seen: touch it; where another has touched it first, wait until it is stored
       TMA: stores dQ, if this was the first touch, or else adds it, to global memory
-      see to the state of the next tile
       when TMA has read dQ: arrive at dq_free
+      after a first touch: wait until the tile is stored, and say so; or else see to the state of the next tile
     wait dq_full; TMA: stores dV and dK, at once or one after the other; arrive at dq_free
 
 Steps count on across items, and so does the pipeline: dQ of an item's last tile is computed in the first step of the next item, for which K of
@@ -129,7 +129,7 @@ ITEMS = gl.constexpr(4)  # in shared memory
 ITEM_FIELDS = gl.constexpr(6)  # of each: what `Problem.place` returns, which takes divisions
 DQ_TILE = gl.constexpr(64)  # rows and columns of dQ that a warpgroup adds at once
 DQ_BOX = gl.constexpr([128, 32])  # as which TMA sees them
-UNTOUCHED = gl.constexpr(0)  # state of such a tile; 1: touched, 2: stored
+UNTOUCHED, STORED = gl.constexpr(0), gl.constexpr(2)  # states of such a tile; 1: touched
 STEPS_AROUND_AN_ITEM = 2  # what its start and end take
 MOST_PARTS = 8  # of an item: `finish_kernel` reads them one after the other
 ROWS_ADDED = gl.constexpr(16)  # of dK and dV, by one of its programs: few, so that many take part
@@ -580,40 +580,37 @@ def put_dk_dv(INDEX: gl.constexpr, problem, shared, use, dk_ND, dv_ND):
 
 @gluon.constexpr_function
 def _one_lane(instructions):
-    """Of assembly that sets $0, which is 0 before: what the first lane of the warp does where `one` is set. TMA may be issued by another."""
-    return "{ .reg .pred one, again; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; mov.u32 $0, 0; " + instructions + " }"
+    """What the first lane of the warp does where `one` is set. TMA may be issued by another."""
+    return "{ .reg .pred one, again; .reg .u32 lane; mov.u32 lane, %laneid; setp.eq.u32 one, lane, 0; " + instructions + " }"
 
 
 @gluon.jit
-def with_state(INSTRUCTIONS: gl.constexpr, state):
-    return gl.inline_asm_elementwise(_one_lane(INSTRUCTIONS), "=r,l,~{memory}", [state.to(gl.int64)], gl.int32, False, 1)
-
-
-@gluon.jit
-def see(state):
-    """State of a tile of dQ."""
-    return with_state(
-        "@one ld.acquire.gpu.global.u32 $0, [$1]; bar.warp.sync 0xffffffff; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;",
-        state,
-    )
+def see(state, before):
+    """State of a tile of dQ. Not looked at after one that was UNTOUCHED: whoever is first at a tile is mostly first at the next, and has no time."""
+    instructions: gl.constexpr = "{ .reg .pred look; setp.ne.u32 look, $2, 0; mov.u32 $0, 0; @look ld.acquire.gpu.global.u32 $0, [$1]; }"
+    return gl.inline_asm_elementwise(instructions, "=r,l,r,~{memory}", [state.to(gl.int64), before], gl.int32, False, 1)
 
 
 @gluon.jit
 def touch(state, seen):
-    """UNTOUCHED if a tile of dQ was so, which is then this warp's to store at once; or else 2, when it is stored, at once where that has been seen.
+    """UNTOUCHED if a tile of dQ was so, which is then this warp's to store at once; or else STORED, at once where the first lane has seen that.
     No branch of the language's: with one, the compiler keeps what is the same in all threads of a warpgroup in registers of each."""
     instructions: gl.constexpr = _one_lane(
         "setp.ne.and.u32 one, $2, 2, one; mov.u32 $0, $2; @one atom.acquire.gpu.global.cas.b32 $0, [$1], 0, 1;"
-        " AGAIN: setp.eq.and.u32 again, $0, 1, one; @again ld.acquire.gpu.global.u32 $0, [$1]; @again bra AGAIN;"
-        " bar.warp.sync 0xffffffff; fence.proxy.async.global; shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;"
+        " shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;"
+        " AGAIN: setp.eq.u32 again, $0, 1; @again ld.acquire.gpu.global.u32 $0, [$1]; @again bra AGAIN;"
+        " bar.warp.sync 0xffffffff; fence.proxy.async.global;"
     )
     return gl.inline_asm_elementwise(instructions, "=r,l,r,~{memory}", [state.to(gl.int64), seen], gl.int32, False, 1)
 
 
 @gluon.jit
 def announce(state):
-    """That what this warp stored by TMA has arrived."""
-    with_state("cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; @one st.release.gpu.global.u32 [$1], 2;", state)
+    """STORED, now that what this warp stored by TMA has arrived."""
+    instructions: gl.constexpr = _one_lane(
+        "mov.u32 $0, 0; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; @one st.release.gpu.global.u32 [$1], 2;"
+    )
+    gl.inline_asm_elementwise(instructions, "=r,l,~{memory}", [state.to(gl.int64)], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -652,7 +649,7 @@ def add(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, states)
         head_end = 2 * (item.first_head + 1) * all_tiles
         first = 2 * (item.first_head * all_tiles + item.first_tile) + INDEX
         tile = first
-        seen = see(states + tile)
+        seen = see(states + tile, STORED)
         i = 1
         for _ in range(problem.GROUP * item.tiles - 1):
             before = add_dq(INDEX, shared, dq_desc, tile, states + tile, seen)
@@ -667,10 +664,10 @@ def add(INDEX: gl.constexpr, problem, shared, dq_desc, dk_desc, dv_desc, states)
                     head_end += 2 * all_tiles
                     tile = first
                 i += 1
-            seen = see(states + tile)
             free_place(INDEX, shared)
             if before == UNTOUCHED:
                 announce(states + last)
+            seen = see(states + tile, before)
         if problem.CAUSAL or item.part < 0:
             places = places_of_gradients(INDEX, problem, shared)
             own = [item.batch, item.kv_head, item.first_key + INDEX * OWN_KEYS, 0]
